@@ -1,0 +1,4 @@
+package main
+
+// Price is an amount in cents.
+type Price int64
