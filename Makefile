@@ -1,0 +1,81 @@
+# make test proves everything against real servers; see the targets below.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+bin := .cache/bin
+out := $(CURDIR)/$(bin)
+started := $(shell date +%s)
+
+# phase prints a line with the seconds since make began.
+phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
+
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench docker-test clean
+
+## test: install what is missing, then check and test everything
+# The recursive call lets the installation, the builds and the checks run side
+# by side; the tests come last and have the machine to themselves.
+test:
+	@$(call phase,install servers; build tools; check)
+	@$(MAKE) --no-print-directory -j2 started=$(started) servers tools lint
+	@$(MAKE) --no-print-directory started=$(started) unit
+	@$(call phase,all passed)
+
+unit:
+	@$(call phase,go test -race)
+	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 4 -timeout 8m ./...
+
+## servers: PostgreSQL, Redis and RabbitMQ, from the distribution's packages
+servers:
+	@scripts/install-test-servers.sh
+	@scripts/fetch-test-photos.sh
+	@$(call phase,servers are installed)
+
+## tools: the S3 server of the tests, and the linters, in .cache/bin
+tools: $(bin)/versitygw $(bin)/staticcheck
+	@:
+
+$(bin)/versitygw: tools/s3d/go.mod tools/s3d/go.sum
+	@mkdir -p $(bin)
+	@go build -C tools/s3d -o $(out)/ tool
+	@touch $@
+	@$(call phase,versitygw is built)
+
+$(bin)/staticcheck: tools/lint/go.mod tools/lint/go.sum
+	@mkdir -p $(bin)
+	@go build -C tools/lint -o $(out)/ tool
+	@touch $@
+	@$(call phase,linters are built)
+
+## lint: gofmt, go vet, staticcheck, govulncheck
+lint: fmt vet staticcheck govulncheck
+
+fmt:
+	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "gofmt -w is needed for:" $$files; exit 1; }
+
+vet:
+	@go vet ./...
+	@$(call phase,go vet)
+
+staticcheck: $(bin)/staticcheck vet
+	@$(bin)/staticcheck ./...
+	@$(call phase,staticcheck)
+
+govulncheck: $(bin)/staticcheck vet
+	@scripts/govulncheck.sh $(bin)/govulncheck
+	@$(call phase,govulncheck)
+
+## bench: the benchmarks, six rounds, summed up
+bench: servers tools
+	@REQUIRE_SERVERS=1 go test -run '^$$' -bench . -benchmem -count 6 . | tee .cache/bench.txt
+	@$(bin)/benchstat .cache/bench.txt
+
+## docker-test: make test in a container, for machines without the servers
+docker-test:
+	docker run --rm --init -v "$(CURDIR)":/src -w /src \
+		-v pms-go-mod:/go/pkg/mod -v pms-go-build:/root/.cache/go-build -v pms-tools:/src/.cache -e GOFLAGS=-buildvcs=false \
+		golang:1.26-bookworm make test
+
+## clean: remove what make built; the Go caches stay
+clean:
+	rm -rf .cache
