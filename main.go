@@ -1,3 +1,178 @@
+// Command pms keeps a shop's products: a REST service that answers at once and
+// downloads, compresses and stores the products' images in the background.
 package main
 
-func main() {}
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := exitCode(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr), os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// usageError is a mistake in how the program was called.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// exitCode prints the error, if there is one, and answers 2 for a mistake of
+// the caller, 1 for any other failure.
+func exitCode(err error, stderr io.Writer) int {
+	var usage usageError
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+		return 0
+	case errors.As(err, &usage):
+		fmt.Fprintf(stderr, "pms: %v\n\"pms help\" shows the manual.\n", err)
+		return 2
+	}
+	fmt.Fprintf(stderr, "pms: %v\n", err)
+	return 1
+}
+
+// program is what the commands share.
+type program struct {
+	config
+	stdout, stderr io.Writer
+	log            *slog.Logger
+}
+
+// command is one word of the command line.
+type command struct {
+	name string
+	args string // as help shows them
+	help string
+	run  func(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error
+}
+
+// commands is the command line's table of contents.
+func commands() []command {
+	return []command{
+		{"serve", "", "API and image pipeline in one process (the default)", serveCommand},
+		{"api", "", "the API alone; needs DATABASE_URL and AMQP_URL", serveCommand},
+		{"worker", "", "the image pipeline alone; needs DATABASE_URL and AMQP_URL", serveCommand},
+		{"user add", "-name NAME -email EMAIL", "adds a user, prints its id", addUserCommand},
+		{"token create", "-user ID [-admin]", "creates an API token, prints it once", createTokenCommand},
+		{"dead list", "", "lists the dead letters", deadListCommand},
+		{"dead show", "ID", "shows one with the history of its attempts", deadShowCommand},
+		{"dead replay", "ID... | -all", "queues dead letters anew", deadReplayCommand},
+		{"dead discard", "ID...", "gives dead letters up for good", deadDiscardCommand},
+	}
+}
+
+// run is the program: it finds the command, reads the settings and does it.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	if len(args) == 0 {
+		args = []string{"serve"}
+	}
+	switch args[0] {
+	case "help", "-h", "-help", "--help":
+		printManual(stdout)
+		return nil
+	}
+	cmd, rest, err := findCommand(args)
+	if err != nil {
+		return err
+	}
+	getenv, err = withDotEnv(getenv)
+	if err != nil {
+		return usageError{err}
+	}
+	config, err := loadConfig(getenv, isTerminal(stderr))
+	logs := newLogBuffer(stderr)
+	defer logs.Flush()
+	p := &program{config: config, stdout: stdout, stderr: stderr, log: newLogger(config, logs)}
+	flags := flag.NewFlagSet(cmd.name, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.Usage = func() { printManual(stdout) }
+	if err != nil && !wantsHelp(rest) {
+		return usageError{err}
+	}
+	return cmd.run(p, ctx, flags, rest)
+}
+
+// findCommand takes the words of a command off the arguments.
+func findCommand(args []string) (command, []string, error) {
+	for _, cmd := range commands() {
+		words := strings.Fields(cmd.name)
+		if len(args) >= len(words) && strings.Join(args[:len(words)], " ") == cmd.name {
+			return cmd, args[len(words):], nil
+		}
+		if args[0] == words[0] && wantsHelp(args[1:]) {
+			return cmd, args[1:], nil
+		}
+	}
+	return command{}, nil, usagef("unknown command %q", strings.Join(args[:min(2, len(args))], " "))
+}
+
+func wantsHelp(args []string) bool {
+	for _, arg := range args {
+		if arg == "-h" || arg == "-help" || arg == "--help" {
+			return true
+		}
+	}
+	return false
+}
+
+// parse reads a command's flags. It leaves want words behind them, or any
+// number but none if want is negative.
+func parse(flags *flag.FlagSet, args []string, want int) ([]string, error) {
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil, err
+		}
+		return nil, usageError{fmt.Errorf("%s: %w", flags.Name(), err)}
+	}
+	if n := flags.NArg(); want >= 0 && n > want {
+		return nil, usagef("%s: unexpected argument %q", flags.Name(), flags.Arg(want))
+	}
+	return flags.Args(), nil
+}
+
+func printManual(w io.Writer) {
+	fmt.Fprint(w, "pms keeps a shop's products and compresses their images.\n\nCommands:\n")
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, cmd := range commands() {
+		fmt.Fprintf(table, "  %s\t%s\n", strings.TrimSpace(cmd.name+" "+cmd.args), cmd.help)
+	}
+	fmt.Fprint(table, "  help\tthis manual\n")
+	table.Flush()
+	fmt.Fprint(w, "\nSettings, from the environment or from the file .env:\n")
+	table = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, s := range new(config).settings() {
+		fmt.Fprintf(table, "  %s\t%s\t%s\n", s.name, s.fallback, s.help)
+	}
+	table.Flush()
+}
+
+func newLogger(c config, w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: c.LogLevel}
+	if c.LogText {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+func isTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}

@@ -1,0 +1,297 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/redis/rueidis"
+)
+
+// outage is a cache with a Redis that a test can hurt.
+type outage struct {
+	*cache
+	server  *testServer
+	backend *redisCache
+	db      *shelf
+	log     *strings.Builder // read it when the cache has stopped or is at rest
+	mu      sync.Mutex
+}
+
+// Write collects the log.
+func (o *outage) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.log.Write(p)
+}
+
+func (o *outage) logged(message string) int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return strings.Count(o.log.String(), message)
+}
+
+func startOutage(t *testing.T, ids ...int64) *outage {
+	t.Helper()
+	o := &outage{server: startRedis(t), db: newShelf(ids...), log: new(strings.Builder)}
+	o.backend = redisBackend(t, o.server.URL, slog.New(slog.NewTextHandler(o, nil)))
+	o.cache = startCache(t, o.db, o.backend)
+	return o
+}
+
+// slowest reads every product once and returns the longest time a read took.
+func (o *outage) slowest(t *testing.T, ids int64) time.Duration {
+	t.Helper()
+	var longest time.Duration
+	for id := int64(1); id <= ids; id++ {
+		begin := time.Now()
+		mustRead(t, o.cache, id)
+		longest = max(longest, time.Since(begin))
+	}
+	return longest
+}
+
+// scheduling is what a read may take on top of Redis' own timeout when the
+// machine is busy.
+const scheduling = 200 * time.Millisecond
+
+func TestCacheOutages(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct{ begin, end func(*testServer, testing.TB) }{
+		"killed": {(*testServer).Kill, (*testServer).Start},
+		"hung": {
+			(*testServer).Freeze,
+			(*testServer).Thaw,
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const hot, cold = 5, 40
+			ids := make([]int64, cold)
+			for i := range ids {
+				ids[i] = int64(i + 1)
+			}
+			o := startOutage(t, ids...)
+			other := startCache(t, o.db, redisBackend(t, o.server.URL, quiet))
+			for id := int64(1); id <= hot; id++ {
+				eventually(t, "hot products are hits", func() bool {
+					return mustRead(t, o.cache, id).Cached && mustRead(t, other, id).Cached
+				})
+			}
+
+			test.begin(o.server, t)
+			if longest := o.slowest(t, cold); longest > redisTimeout+scheduling {
+				t.Errorf("a read took %v", longest)
+			}
+			// Writes go on, and are seen here at once.
+			for id := int64(1); id <= hot; id++ {
+				o.Invalidate(id, o.db.commit(id))
+				if doc := mustRead(t, o.cache, id); doc.Version != 2 {
+					t.Errorf("read version %d of product %d after the write of 2", doc.Version, id)
+				}
+			}
+			eventually(t, "the breaker opens", func() bool {
+				o.slowest(t, cold)
+				return o.backend.live.Load() == nil
+			})
+			begin := time.Now()
+			o.slowest(t, cold)
+			if took := time.Since(begin); took > scheduling {
+				t.Errorf("with the breaker open %d reads took %v", cold, took)
+			}
+			if err := o.backend.Ping(t.Context()); err == nil {
+				t.Error("redis is said to be ready")
+			}
+
+			test.end(o.server, t)
+			eventually(t, "reads are hits again", func() bool { return mustRead(t, o.cache, cold).Cached })
+			for id := int64(1); id <= hot; id++ {
+				eventually(t, "the other instance learns of what was written meanwhile", func() bool {
+					return mustRead(t, other, id).Version == 2
+				})
+			}
+			eventually(t, "every marker is sent", func() bool { return len(o.floors.waiting(maxUnsent)) == 0 })
+			if gone, back := o.logged("cache unavailable"), o.logged("cache back"); gone != 1 || back != 1 {
+				t.Errorf("logged %d times that it went away and %d times that it came back", gone, back)
+			}
+		})
+	}
+}
+
+func TestCacheHungRedisOpensTheBreakerBetweenLocalHits(t *testing.T) {
+	t.Parallel()
+	o := startOutage(t, 1, 2, 3, 4, 5, 6, 7, 8)
+	eventually(t, "product 1 is a hit", func() bool { return mustRead(t, o.cache, 1).Cached })
+	o.server.Freeze(t)
+	defer o.server.Thaw(t)
+	conn := o.backend.live.Load()
+	for id := int64(2); id < 3+redisFailures; id++ {
+		mustRead(t, o.cache, id)
+		mustRead(t, o.cache, 1) // a local copy: no proof that Redis is well
+	}
+	if o.backend.live.Load() == conn {
+		t.Errorf("breaker is closed after %d failures", conn.failures.Load())
+	}
+}
+
+func TestCacheWithoutRedisAtStart(t *testing.T) {
+	t.Parallel()
+	o := &outage{server: startRedis(t), db: newShelf(1), log: new(strings.Builder)}
+	o.server.Kill(t)
+	o.backend = redisBackend(t, o.server.URL, slog.New(slog.NewTextHandler(o, nil)))
+	o.cache = newCache(o.db, o.backend, cacheTTL, quiet)
+	runUntilEnd(t, o.cache.Run)
+	eventually(t, "the first try to connect has failed", func() bool { return o.logged("cache unavailable") == 1 })
+	if mustRead(t, o.cache, 1).Cached {
+		t.Error("hit without Redis")
+	}
+	o.Invalidate(1, o.db.commit(1))
+	for range 3 { // tries to connect; each would have its line in the log
+		acceptOnce(t, o.server.addr())
+	}
+	o.server.Start(t)
+	eventually(t, "reads are hits", func() bool { return mustRead(t, o.cache, 1).Cached })
+	eventually(t, "the marker is sent", func() bool { return len(o.floors.waiting(maxUnsent)) == 0 })
+	if o.logged("cache unavailable") != 1 || o.logged("cache back") != 1 {
+		t.Errorf("logged: %s", o.log)
+	}
+}
+
+// acceptOnce takes one connection in the place of a server that is down, and
+// closes it.
+func acceptOnce(t *testing.T, addr string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	conn, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+}
+
+func TestCacheFlushedRedis(t *testing.T) {
+	t.Parallel()
+	o := startOutage(t, 1)
+	eventually(t, "product 1 is a hit", func() bool { return mustRead(t, o.cache, 1).Cached })
+	admin(t, o.server, "FLUSHALL")
+	admin(t, o.server, "SCRIPT", "FLUSH")
+	eventually(t, "its copy is gone", func() bool { return !mustRead(t, o.cache, 1).Cached })
+	eventually(t, "product 1 is a hit again", func() bool { return mustRead(t, o.cache, 1).Cached })
+}
+
+func TestCacheFullRedisStillForgetsWhatIsOld(t *testing.T) {
+	t.Parallel()
+	o := startOutage(t, 1)
+	other := startCache(t, o.db, redisBackend(t, o.server.URL, quiet))
+	eventually(t, "both have product 1", func() bool {
+		return mustRead(t, o.cache, 1).Cached && mustRead(t, other, 1).Cached
+	})
+	admin(t, o.server, "CONFIG", "SET", "maxmemory", "1")
+	o.Invalidate(1, o.db.commit(1))
+	eventually(t, "the other instance shows the new version", func() bool { return mustRead(t, other, 1).Version == 2 })
+	if o.backend.live.Load() == nil || o.logged("cache unavailable") != 0 {
+		t.Error("a Redis that refuses was taken for one that is away")
+	}
+	admin(t, o.server, "CONFIG", "SET", "maxmemory", "0")
+	eventually(t, "the marker is sent", func() bool { return len(o.floors.waiting(maxUnsent)) == 0 })
+}
+
+func TestCacheRedisThatRefusesIsNotAway(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	backend := connected(t, redisBackend(t, server.URL, quiet))
+	admin(t, server, "CONFIG", "SET", "maxmemory", "1")
+	conn := backend.live.Load()
+	for begin := time.Now(); time.Since(begin) < 3*redisTimeout; {
+		if backend.Put(1, 1, bodyOf(1, 1)) == nil {
+			t.Fatal("put into a full Redis succeeded")
+		}
+	}
+	if backend.live.Load() != conn {
+		t.Error("the breaker opened")
+	}
+}
+
+func TestCacheSendsItsLastMarkersAtTheEnd(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	backend := redisBackend(t, server.URL, quiet)
+	c := newCache(newShelf(), backend, cacheTTL, quiet)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	eventually(t, "redis answers", func() bool { return backend.Ping(t.Context()) == nil })
+	for id := range int64(3000) {
+		c.Invalidate(id+1, 9)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	reader := connected(t, redisBackend(t, server.URL, quiet))
+	for id := range int64(3000) {
+		if version, _ := mustGet(t, reader, id+1); version != 9 {
+			t.Fatalf("product %d: version %d", id+1, version)
+		}
+	}
+}
+
+func TestCacheMarkersOutliveLoads(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	backend, err := newRedisCache(server.URL, 100*time.Millisecond, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	connected(t, backend)
+	mustPut(t, backend, 1, 1, []byte("body"))
+	mustPut(t, backend, 2, 1, nil)
+	eventually(t, "the body expires", func() bool { version, _ := mustGet(t, backend, 1); return version == 0 })
+	if version, _ := mustGet(t, backend, 2); version != 1 {
+		t.Error("the marker expired with the body")
+	}
+}
+
+func TestCacheForeignValuesInRedisAreNoEntries(t *testing.T) {
+	t.Parallel()
+	server := startRedis(t)
+	backend := connected(t, redisBackend(t, server.URL, quiet))
+	for i, value := range []string{"", "\n", "x\nbody", "-3\nbody", "no line feed", "99999999999999999999\nbody"} {
+		id := int64(i + 1)
+		admin(t, server, "SET", redisKey(id), value)
+		if version, body := mustGet(t, backend, id); version != 0 || body != nil {
+			t.Errorf("%q: got version %d, body %q", value, version, body)
+		}
+	}
+}
+
+func TestRedisURLErrorsKeepThePassword(t *testing.T) {
+	t.Parallel()
+	for _, bad := range []string{"redis://:hunter2@host:port", "http://:hunter2@host", "redis://:hunter2@host/x"} {
+		if _, err := newRedisCache(bad, cacheTTL, quiet); err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: error is %v", bad, err)
+		}
+	}
+}
+
+// admin runs a command on a connection of its own.
+func admin(t *testing.T, server *testServer, command ...string) {
+	t.Helper()
+	client, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{server.addr()}, ForceSingleClient: true, DisableCache: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if err := client.Do(t.Context(), client.B().Arbitrary(command...).Build()).Error(); err != nil {
+		t.Fatalf("%v: %v", command, err)
+	}
+}

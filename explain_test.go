@@ -1,0 +1,170 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// catalogueSize is the size of the catalogue that list queries are proven on.
+const catalogueSize = 1_000_000
+
+// No page of any list, at its beginning or far into it, reads more rows than
+// its most selective filter matches, and a page's worth besides. (A user, a name
+// and a price at once are not promised this: PostgreSQL then chooses an index by
+// what it guesses of how the three go together.)
+func TestListsReadNoMoreThanTheyNeed(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("fills a database with a million products")
+	}
+	db, err := openPostgres(t.Context(), testDatabase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := migratedStore(t, db)
+	fillCatalogue(t, db)
+	const limit = 50
+	filters := map[string]productFilter{
+		"none":         {},
+		"user":         {UserID: new(int64(7))},
+		"large user":   {UserID: new(int64(1))},
+		"narrow price": {MinPrice: new(Price(5000)), MaxPrice: new(Price(5002))},
+		"wide price":   {MinPrice: new(Price(1000))},
+		"rare name":    {Name: "number 345678"},
+		"absent name":  {Name: "unobtainium"},
+		"common name":  {Name: "SHOE"},
+		"user, price":  {UserID: new(int64(7)), MinPrice: new(Price(1000)), MaxPrice: new(Price(2000))},
+		"user, name":   {UserID: new(int64(7)), Name: "boot"},
+	}
+	for name, f := range filters {
+		matches := leastMatches(t, s, f)
+		for _, sort := range []sortOrder{"id", "-id", "product_price", "-product_price", "created_at", "-created_at", "product_name", "-product_name"} {
+			f.Sort, f.Limit = sort, limit
+			for page, after := range map[string]*cursor{"first": nil, "deep": middle(t, s, sort)} {
+				f.After = after
+				plan, read := explain(t, db, f)
+				if read > matches+limit {
+					t.Errorf("%s by %s, %s page: reads %d rows, its filter matches %d:\n%s", name, sort, page, read, matches, plan)
+				}
+			}
+		}
+	}
+}
+
+// fillCatalogue stores products of a thousand users, the first of whom has a
+// tenth of them. The indexes are made afterwards, which takes a fraction of
+// the time.
+func fillCatalogue(t *testing.T, db *postgres) {
+	t.Helper()
+	indexes, err := db.pool.Query(t.Context(), `SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'products' AND indexname <> 'products_pkey'`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	drop, create := "", ""
+	var name, def string
+	_, err = pgx.ForEachRow(indexes, []any{&name, &def}, func() error {
+		drop += "DROP INDEX " + name + ";"
+		create += def + ";"
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{drop, fmt.Sprintf(`
+		SET maintenance_work_mem = '256MB'; SET synchronous_commit = off;
+		INSERT INTO users (id, name, email, created_at) SELECT n, 'u', 'u' || n, now() FROM generate_series(2, 1000) n;
+		INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at)
+		SELECT CASE WHEN n %% 10 = 0 THEN 1 ELSE 2 + n * 7919 %% 999 END, 'Shoe ' || name, 'shoe ' || lower(name), '',
+			n * 104729 %% 100000, timestamptz '2026-01-01' + n * interval '1 second', now()
+		FROM (SELECT n, (ARRAY['Trail','Boot','Sandal','Clog','Pump'])[1 + n %% 5] || ' number ' || n * 7907 %% 1000003 AS name FROM generate_series(1::bigint, %d) n) p;`, catalogueSize),
+		create, "ANALYZE products"} {
+		if _, err := db.pool.Exec(t.Context(), sql, pgx.QueryExecModeSimpleProtocol); err != nil {
+			t.Fatalf("%v in %s", err, sql)
+		}
+	}
+}
+
+// leastMatches is how many products the most selective of a filter's conditions
+// matches, or none if there is no filter.
+func leastMatches(t *testing.T, s *store, f productFilter) int {
+	t.Helper()
+	least := 0
+	for n, one := range []productFilter{{UserID: f.UserID}, {Name: f.Name}, {MinPrice: f.MinPrice, MaxPrice: f.MaxPrice}} {
+		if one == (productFilter{}) {
+			continue
+		}
+		one.Sort, one.Limit = "id", 1
+		sql, args, err := one.sql()
+		if err != nil {
+			t.Fatal(err)
+		}
+		where := sql[strings.Index(sql, "WHERE"):strings.Index(sql, "ORDER BY id")]
+		var count int
+		if err := queryRow(t.Context(), s, []any{&count}, "SELECT count(*) FROM products "+where, args...); err != nil {
+			t.Fatal(err, n)
+		}
+		if least == 0 || count < least {
+			least = max(count, 1)
+		}
+	}
+	return least
+}
+
+// middle is a cursor far into a list.
+func middle(t *testing.T, s *store, sort sortOrder) *cursor {
+	t.Helper()
+	var id int64
+	err := queryRow(t.Context(), s, []any{&id}, "SELECT id FROM products ORDER BY id OFFSET 500000 LIMIT 1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := s.Product(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cursorAfter(p, sort)
+}
+
+// planNode is what is needed of EXPLAIN's output.
+type planNode struct {
+	Relation string  `json:"Relation Name"`
+	Rows     float64 `json:"Actual Rows"`
+	Loops    float64 `json:"Actual Loops"`
+	Filtered float64 `json:"Rows Removed by Filter"`
+	Recheck  float64 `json:"Rows Removed by Index Recheck"`
+	Plans    []planNode
+}
+
+// read is how many rows of products a plan has read.
+func (n planNode) read() (rows float64) {
+	if n.Relation == "products" {
+		rows = (n.Rows + n.Filtered + n.Recheck) * n.Loops
+	}
+	for _, child := range n.Plans {
+		rows += child.read()
+	}
+	return rows
+}
+
+// explain runs a list query, planned as the program has it planned.
+func explain(t *testing.T, db *postgres, f productFilter) (plan string, read int) {
+	t.Helper()
+	sql, args, err := f.sql()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := db.QueryOnce(t.Context(), "EXPLAIN (ANALYZE, FORMAT JSON) "+sql, args...)
+	plans, err := collect(r, err, func(r rows) (text string, err error) { err = r.Scan(&text); return text, err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []struct{ Plan planNode }
+	if err := json.Unmarshal([]byte(plans[0]), &out); err != nil {
+		t.Fatal(err)
+	}
+	return plans[0], int(out[0].Plan.read())
+}

@@ -1,0 +1,450 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+// maxBody is the largest request body, in bytes.
+const maxBody = 1 << 20
+
+// requestTimeout bounds the work for one request, so that a database that hangs
+// ends in a 503 rather than in a client that waits.
+const requestTimeout = 10 * time.Second
+
+// server is the HTTP side of the program.
+type server struct {
+	store      *store
+	products   productReader // the cache, or what it would ask
+	encoder    encoder
+	wake       func()                  // images are due
+	invalidate func(id, version int64) // a product has changed
+	replayed   func()                  // dead letters were replayed or discarded
+	media      handler                 // serves stored objects; nil if S3 does
+	parts      []part                  // what readiness depends on
+	authOn     bool
+	tokens     tokenCache
+	log        *slog.Logger
+	inFlight   sync.Map      // Idempotency-Keys of requests in work
+	stopping   chan struct{} // closed when the server is to end
+	draining   atomic.Bool
+}
+
+// handler answers a request or returns an error, which route renders.
+type handler func(w http.ResponseWriter, r *http.Request) error
+
+// routes is the table of contents of the API.
+func (s *server) routes() http.Handler {
+	mux := http.NewServeMux()
+	s.route(mux, "POST /products", anyToken, s.createProduct)
+	s.route(mux, "GET /products/{id}", anyToken, s.getProduct)
+	s.route(mux, "GET /products", anyToken, s.listProducts)
+	s.route(mux, "PATCH /products/{id}", anyToken, s.patchProduct)
+	s.route(mux, "PUT /products/{id}", anyToken, s.putProduct)
+	s.route(mux, "DELETE /products/{id}", anyToken, s.deleteProduct)
+	s.route(mux, "GET /products/{id}/events", anyToken, s.productEvents)
+
+	s.route(mux, "GET /dead-letters", adminToken, s.listDeadLetters)
+	s.route(mux, "GET /dead-letters/{id}", adminToken, s.getDeadLetter)
+	s.route(mux, "POST /dead-letters/{id}/replay", adminToken, s.replayDeadLetter)
+	s.route(mux, "POST /dead-letters/replay", adminToken, s.replayDeadLetters)
+	s.route(mux, "DELETE /dead-letters/{id}", adminToken, s.discardDeadLetter)
+
+	s.route(mux, "GET /healthz", noToken, s.healthz)
+	s.route(mux, "GET /readyz", noToken, s.readyz)
+	s.route(mux, "GET /metrics", adminToken, s.metrics)
+	if s.media != nil {
+		s.route(mux, "GET /media/{key...}", noToken, s.media)
+	}
+	return s.observe(mux)
+}
+
+// createProduct answers as soon as the product and its queued images are
+// committed. Nothing else is waited for.
+func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
+	body, err := readBody(w, r, "application/json")
+	if err != nil {
+		return err
+	}
+	in, err := readProductInput(body, "user_id", "product_name", "product_description", "product_price", "product_images")
+	if err != nil {
+		return err
+	}
+	in.require("user_id", "product_name", "product_price")
+	p := Product{UserID: in.userID()}
+	in.apply(&p)
+	if err := in.err(); err != nil {
+		return err
+	}
+	if err := mayWrite(r, p.UserID); err != nil {
+		return err
+	}
+	once, release, err := s.idempotency(r, p.UserID, body)
+	if err != nil {
+		return err
+	}
+	defer release()
+	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+	defer cancel()
+	p, err = s.store.CreateProduct(ctx, p, originOf(r), once)
+	if err != nil {
+		return err
+	}
+	doc := s.encoder.product(p)
+	if once != nil && once.Answer != nil {
+		doc = document{ID: once.ProductID, Version: 1, Body: once.Answer}
+	}
+	s.wake()
+	w.Header().Set("Location", "/products/"+strconv.FormatInt(doc.ID, 10))
+	writeDocument(w, http.StatusCreated, doc)
+	return nil
+}
+
+// idempotency reads the header Idempotency-Key. release is to be called when
+// the request is over: until then a second one with its key gets a 409.
+func (s *server) idempotency(r *http.Request, user int64, body []byte) (once *idempotency, release func(), err error) {
+	keys, given := r.Header["Idempotency-Key"]
+	if !given {
+		return nil, func() {}, nil
+	}
+	if len(keys) != 1 || !isPrintable(keys[0], 255) {
+		return nil, nil, &httpError{http.StatusBadRequest, "Idempotency-Key must be one key of 1 to 255 printable ASCII characters"}
+	}
+	held := fmt.Sprintf("%d %s", user, keys[0])
+	if _, busy := s.inFlight.LoadOrStore(held, true); busy {
+		return nil, nil, &httpError{http.StatusConflict, "a request with this Idempotency-Key is still in work"}
+	}
+	fingerprint := sha256.Sum256(body)
+	return &idempotency{
+		Key: keys[0], Fingerprint: fingerprint[:],
+		Render: func(p Product) []byte { return s.encoder.product(p).Body },
+	}, func() { s.inFlight.Delete(held) }, nil
+}
+
+func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	doc, err := s.products.Product(r.Context(), id)
+	if err != nil {
+		return err
+	}
+	header := w.Header()
+	header["Cache-Control"] = headerRevalidate
+	header["Cache-Status"] = headerMiss
+	if doc.Cached {
+		header["Cache-Status"] = headerHit
+	}
+	if wanted := r.Header["If-None-Match"]; wanted != nil && etagMatches(wanted, doc.Version, true) {
+		header["Etag"] = []string{etag(doc.Version)}
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	writeDocument(w, http.StatusOK, doc)
+	return nil
+}
+
+func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
+	filter, err := readFilter(r.URL.RawQuery)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+	defer cancel()
+	size := filter.Limit
+	filter.Limit++ // one more tells whether there is a next page
+	products, err := s.store.Products(ctx, filter)
+	if err != nil {
+		return err
+	}
+	var next *cursor
+	if len(products) > size {
+		products = products[:size]
+		next = cursorAfter(products[size-1], filter.Sort)
+	}
+	items := make([]productJSON, len(products))
+	for n, p := range products {
+		items[n] = s.encoder.productJSON(p)
+	}
+	writeList(w, r, items, next)
+	return nil
+}
+
+func (s *server) patchProduct(w http.ResponseWriter, r *http.Request) error {
+	return s.updateProduct(w, r, false, "application/merge-patch+json", "application/json")
+}
+
+func (s *server) putProduct(w http.ResponseWriter, r *http.Request) error {
+	return s.updateProduct(w, r, true, "application/json")
+}
+
+// updateProduct sets the fields in the body; replace resets the others.
+func (s *server) updateProduct(w http.ResponseWriter, r *http.Request, replace bool, types ...string) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	body, err := readBody(w, r, types...)
+	if err != nil {
+		return err
+	}
+	in, err := readProductInput(body, "product_name", "product_description", "product_price", "product_images")
+	if err != nil {
+		return err
+	}
+	if replace {
+		in.require("product_name", "product_price")
+	}
+	if in.apply(new(Product)); in.err() != nil {
+		return in.err()
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+	defer cancel()
+	p, err := s.store.UpdateProduct(ctx, id, originOf(r), allow(r), func(p *Product) {
+		if replace {
+			p.Description, p.Images = "", nil
+		}
+		in.apply(p)
+	})
+	if err != nil {
+		return err
+	}
+	s.invalidate(p.ID, p.Version)
+	s.wake()
+	writeDocument(w, http.StatusOK, s.encoder.product(p))
+	return nil
+}
+
+func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+	defer cancel()
+	if err := s.store.DeleteProduct(ctx, id, allow(r)); err != nil {
+		return err
+	}
+	s.invalidate(id, tombstone)
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// allow is the condition on which a request may change a product: that it is
+// the caller's, and still in the version that If-Match names.
+func allow(r *http.Request) func(Product) error {
+	return func(p Product) error {
+		if err := mayWrite(r, p.UserID); err != nil {
+			return err
+		}
+		if wanted := r.Header["If-Match"]; wanted != nil && !etagMatches(wanted, p.Version, false) {
+			return errStale
+		}
+		return nil
+	}
+}
+
+// etag is a product's version as an entity tag (RFC 9110, section 8.8.3).
+func etag(version int64) string { return `"` + strconv.FormatInt(version, 10) + `"` }
+
+// etagMatches says whether the lines of an If-Match or If-None-Match header
+// name the version. A weak tag matches by weak comparison only.
+func etagMatches(lines []string, version int64, weak bool) bool {
+	for _, line := range lines {
+		for tag := range strings.SplitSeq(line, ",") {
+			tag = strings.TrimSpace(tag)
+			if weak {
+				tag = strings.TrimPrefix(tag, "W/")
+			}
+			if tag == "*" || tag == etag(version) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// pathID reads the id in a path. What is no id is the id of nothing.
+func pathID(r *http.Request) (int64, error) {
+	text := r.PathValue("id")
+	id, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || id <= 0 || text[0] == '+' || text[0] == '0' {
+		return 0, errNotFound
+	}
+	return id, nil
+}
+
+// readBody reads a body of one of the given types, the first of which is named
+// to a client that sent another.
+func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, error) {
+	contentType, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if charset, ok := params["charset"]; err != nil || !slices.Contains(types, contentType) || ok && !strings.EqualFold(charset, "utf-8") {
+		if r.Method == http.MethodPatch {
+			w.Header().Set("Accept-Patch", strings.Join(types, ", "))
+		}
+		return nil, &httpError{http.StatusUnsupportedMediaType, "Content-Type must be " + strings.Join(types, " or ")}
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}
+	case err != nil:
+		return nil, &httpError{http.StatusBadRequest, "the body could not be read"}
+	}
+	return body, nil
+}
+
+// The limits of the parameter limit.
+const (
+	defaultLimit = 50
+	maxLimit     = 200
+)
+
+// readQuery takes a query apart. A parameter that the route does not know is an
+// error, and so is one that stands twice.
+func readQuery(raw string, known ...string) (url.Values, error) {
+	query, err := url.ParseQuery(raw)
+	if err != nil {
+		return nil, &httpError{http.StatusBadRequest, "the query is malformed"}
+	}
+	for name, values := range query {
+		if !slices.Contains(known, name) {
+			return nil, &httpError{http.StatusBadRequest, fmt.Sprintf("unknown query parameter %q", name)}
+		}
+		if len(values) > 1 {
+			return nil, &httpError{http.StatusBadRequest, fmt.Sprintf("query parameter %q stands twice", name)}
+		}
+	}
+	return query, nil
+}
+
+// readFilter reads the query of GET /products.
+func readFilter(raw string) (productFilter, error) {
+	f := productFilter{Sort: defaultSort, Limit: defaultLimit}
+	query, err := readQuery(raw, "user_id", "name", "min_price", "max_price", "sort", "limit", "cursor")
+	if err != nil {
+		return f, err
+	}
+	var wrong invalidInput
+	check := func(name string, read func(value string) error) {
+		if query.Has(name) {
+			if err := read(query.Get(name)); err != nil {
+				wrong = append(wrong, fieldError{name, err.Error()})
+			}
+		}
+	}
+	check("user_id", func(v string) (err error) { f.UserID, err = readID(v); return err })
+	check("name", func(v string) (err error) { f.Name, err = v, checkText(v); return err })
+	check("min_price", func(v string) (err error) { f.MinPrice, err = readPrice(v); return err })
+	check("max_price", func(v string) (err error) { f.MaxPrice, err = readPrice(v); return err })
+	check("limit", func(v string) (err error) { f.Limit, err = readLimit(v); return err })
+	check("sort", func(v string) error {
+		if !sortOrder(v).valid() {
+			return errors.New(`must be id, product_price, created_at or product_name, with "-" before it for descending`)
+		}
+		f.Sort = sortOrder(v)
+		return nil
+	})
+	check("cursor", func(v string) (err error) { f.After, err = parseCursor(v, f.Sort); return err })
+	if wrong != nil {
+		return f, wrong
+	}
+	return f, nil
+}
+
+func readID(v string) (*int64, error) {
+	id, err := strconv.ParseInt(v, 10, 64)
+	if err != nil || id <= 0 {
+		return nil, errors.New("must be a whole number above 0")
+	}
+	return &id, nil
+}
+
+func readPrice(v string) (*Price, error) {
+	price, err := parsePrice(v)
+	return &price, err
+}
+
+func readLimit(v string) (int, error) {
+	limit, err := strconv.Atoi(v)
+	if err != nil || limit < 1 || limit > maxLimit {
+		return 0, fmt.Errorf("must be a whole number from 1 to %d", maxLimit)
+	}
+	return limit, nil
+}
+
+func checkText(v string) error {
+	if !utf8.ValidString(v) || strings.Contains(v, "\x00") {
+		return errors.New("must be UTF-8 text without the character NUL")
+	}
+	return nil
+}
+
+// The header values that every answer of a kind has. The slices are shared by
+// all responses, and nothing changes them.
+var (
+	headerJSON       = []string{"application/json"}
+	headerRevalidate = []string{"private, no-cache"}
+	headerHit        = []string{"pms; hit"}
+	headerMiss       = []string{"pms; fwd=miss"}
+	headerNosniff    = []string{"nosniff"}
+)
+
+// writeDocument answers with a product.
+func writeDocument(w http.ResponseWriter, status int, doc document) {
+	header := w.Header()
+	header["Content-Type"] = headerJSON
+	header["Content-Length"] = []string{strconv.Itoa(len(doc.Body))}
+	header["Etag"] = []string{etag(doc.Version)}
+	w.WriteHeader(status)
+	w.Write(doc.Body)
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	body := encodeJSON(v)
+	header := w.Header()
+	header["Content-Type"] = headerJSON
+	header["Content-Length"] = []string{strconv.Itoa(len(body))}
+	w.WriteHeader(status)
+	w.Write(body)
+}
+
+// writeList answers with one page of a list, and with where the next one is.
+func writeList[T any](w http.ResponseWriter, r *http.Request, items []T, next *cursor) {
+	page := struct {
+		Items      []T     `json:"items"`
+		NextCursor *string `json:"next_cursor"`
+	}{Items: items}
+	if next != nil {
+		text := next.String()
+		page.NextCursor = &text
+		query := r.URL.Query()
+		query.Set("cursor", text)
+		w.Header().Set("Link", fmt.Sprintf("<%s?%s>; rel=\"next\"", r.URL.EscapedPath(), query.Encode()))
+	}
+	writeJSON(w, http.StatusOK, page)
+}
+
+func (s *server) metrics(w http.ResponseWriter, r *http.Request) error {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	metrics.WritePrometheus(w, true)
+	return nil
+}

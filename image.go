@@ -1,0 +1,304 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"image"
+	"image/gif"
+	"image/jpeg"
+	"image/png"
+	"math"
+	"net/http"
+
+	"golang.org/x/image/webp"
+)
+
+// Image formats by content, never by name or header.
+const (
+	formatJPEG = "jpeg"
+	formatPNG  = "png"
+	formatGIF  = "gif"
+	formatWebP = "webp"
+)
+
+// maxImageSide is the longest side of any image, in or out: JPEG can hold no
+// longer one, and it bounds the resampler's tables.
+const maxImageSide = 65535
+
+// imageHeader is what an image's bytes say of it before a pixel is decoded.
+type imageHeader struct {
+	Format        string
+	Width, Height int         // as stored, before the orientation is applied
+	Orientation   orientation // from EXIF
+	Animated      bool        // has frames after the first, which are not decoded
+	Profile       []byte      // ICC profile, nil when there is none or it is sRGB
+
+	// Cost is how many bytes decoding and compressing will hold at once, at
+	// most, besides the source itself; see costAt. It supposes an output as
+	// large as the source.
+	Cost int64
+
+	decodeBytes int64   // what the decoder allocates
+	outputBytes float64 // held for each output pixel: planes and encoded form
+	sourceBytes int     // length of the file
+	cmyk        bool    // JPEG of four components, which few browsers get right
+}
+
+// decodedImage is an image's pixels as its decoder made them, at full size
+// and not yet turned.
+type decodedImage struct {
+	header imageHeader
+	pixels image.Image
+	frame  image.Rectangle // where pixels lie in the image; the rest is transparent
+}
+
+// compressedImage is what gets stored.
+type compressedImage struct {
+	Data          []byte
+	Ext           string // jpg, png, webp or gif
+	ContentType   string
+	Width, Height int
+}
+
+// readImageHeader tells what data is and what it will cost, and allocates
+// next to nothing whatever sizes the header claims. maxPixels bounds width
+// times height. Its errors are *imageError: not_an_image, too_many_pixels, corrupt_image.
+func readImageHeader(data []byte, maxPixels int64) (imageHeader, error) {
+	h, err := parseHeader(data)
+	if err != nil {
+		return imageHeader{}, err
+	}
+	if h.Width <= 0 || h.Height <= 0 {
+		return imageHeader{}, permanent("corrupt_image", "%s of %d×%d pixels", h.Format, h.Width, h.Height)
+	}
+	if max(h.Width, h.Height) > maxImageSide || int64(h.Width)*int64(h.Height) > maxPixels {
+		return imageHeader{}, permanent("too_many_pixels", "%s of %d×%d pixels; at most %d and no side above %d",
+			h.Format, h.Width, h.Height, maxPixels, maxImageSide)
+	}
+	h.sourceBytes = len(data)
+	h.Cost = h.costAt(maxImageSide)
+	return h, nil
+}
+
+// sniffFormat names the format by its signature, "" if it is none of ours.
+func sniffFormat(data []byte) string {
+	switch {
+	case bytes.HasPrefix(data, []byte("\xff\xd8\xff")):
+		return formatJPEG
+	case bytes.HasPrefix(data, []byte(pngSignature)):
+		return formatPNG
+	case bytes.HasPrefix(data, []byte("GIF87a")), bytes.HasPrefix(data, []byte("GIF89a")):
+		return formatGIF
+	case len(data) >= 12 && string(data[:4]) == "RIFF" && string(data[8:12]) == "WEBP":
+		return formatWebP
+	}
+	return ""
+}
+
+func parseHeader(data []byte) (imageHeader, error) {
+	switch sniffFormat(data) {
+	case formatJPEG:
+		return readJPEGHeader(data)
+	case formatPNG:
+		return readPNGHeader(data)
+	case formatGIF:
+		return readGIFHeader(data)
+	case formatWebP:
+		return readWebPHeader(data)
+	}
+	return imageHeader{}, permanent("not_an_image", "the content is neither JPEG, PNG, GIF nor WebP but looks like %s",
+		http.DetectContentType(data))
+}
+
+// What decoding and encoding hold besides what grows with the pixels:
+// inflate and deflate windows, readers, code tables.
+const fixedCost = 2 << 20
+
+// sideCost is held for each pixel of width and height: weights of three axes,
+// one window of resized rows (8 bytes a channel), row buffers, all rounded up.
+const sideCost = 128
+
+// costAt is Cost for an output that fits in maxSide × maxSide:
+//
+//	what the decoder allocates (the header readers know each format's formula)
+//	+ for each output pixel the planes and the encoded form
+//	+ the source's copy without metadata
+//	+ sideCost for each pixel of width + height, and fixedCost.
+func (h imageHeader) costAt(maxSide int) int64 {
+	w, ht := fitInto(h.Width, h.Height, maxSide)
+	return h.decodeBytes + int64(math.Ceil(float64(w)*float64(ht)*h.outputBytes)) +
+		int64(h.sourceBytes) + sideCost*int64(h.Width+h.Height) + fixedCost
+}
+
+// noiseBytes is what a pixel of white noise takes in a JPEG of quality 80: the
+// most that an encoded form can reach there.
+const noiseBytes = 0.9
+
+// Bytes held for each output pixel. An encoded form counts three times its
+// length, since the buffer doubles as it grows; PNG is never much longer than
+// its pixels. RGBA may need one more byte for a palette's indexes or for grey.
+const (
+	outputGrey  = 1 + 3*noiseBytes
+	outputYCbCr = 1.5 + 3*noiseBytes
+	outputRGB   = 4 + 1 + 3*noiseBytes
+	outputRGBA  = 4 + 1 + 3*4.1
+)
+
+// decodeImage decodes data, whose header is h. Nothing is resized or turned
+// yet. A decoder that panics is this image's failure: decoder_panic.
+func decodeImage(data []byte, h imageHeader) (d *decodedImage, err error) {
+	defer recoverCodec("decode "+h.Format, &err)
+	pixels, frame, err := decodePixels(data, h)
+	if err != nil {
+		return nil, permanent("corrupt_image", "decode %s: %v", h.Format, err)
+	}
+	canvas := image.Rect(0, 0, h.Width, h.Height)
+	if frame.Empty() || !frame.In(canvas) || (frame != canvas && h.Format != formatGIF && !h.Animated) {
+		return nil, permanent("corrupt_image", "decode %s: pixels cover %v of %v", h.Format, frame, canvas)
+	}
+	return &decodedImage{header: h, pixels: pixels, frame: frame}, nil
+}
+
+// decodePixels runs the decoder of h's format, and says where in the image its
+// pixels belong.
+func decodePixels(data []byte, h imageHeader) (image.Image, image.Rectangle, error) {
+	var offset image.Point
+	var pixels image.Image
+	var err error
+	switch h.Format {
+	case formatJPEG:
+		pixels, err = jpeg.Decode(bytes.NewReader(data))
+	case formatPNG:
+		pixels, err = png.Decode(bytes.NewReader(data))
+	case formatGIF:
+		pixels, err = gif.Decode(bytes.NewReader(data)) // stops after the first frame
+	case formatWebP:
+		if h.Animated {
+			data, offset, err = firstWebPFrame(data, image.Rect(0, 0, h.Width, h.Height))
+		}
+		if err == nil {
+			pixels, err = webp.Decode(bytes.NewReader(data))
+		}
+	default:
+		err = fmt.Errorf("unknown format %q", h.Format)
+	}
+	if err != nil {
+		return nil, image.Rectangle{}, err
+	}
+	if h.Format == formatWebP {
+		expandVideoRange(pixels)
+	}
+	return pixels, pixels.Bounds().Add(offset), nil
+}
+
+// recoverCodec is deferred around codecs. It turns a panic into err.
+func recoverCodec(doing string, err *error) {
+	if r := recover(); r != nil {
+		*err = permanent("decoder_panic", "%s: %v", doing, r)
+	}
+}
+
+// compressImage fits d into maxSide × maxSide, never enlarging, turns it
+// upright and encodes it: as JPEG at quality if it is opaque, else as PNG.
+// source is what d was decoded from; without its metadata it is the result
+// where it would do as it is and the encoded form is not smaller.
+// d stays as it was, for another size.
+func compressImage(d *decodedImage, source []byte, maxSide, quality int) (c compressedImage, err error) {
+	defer recoverCodec("compress "+d.header.Format, &err)
+	h := d.header
+	w, ht := fitInto(h.Width, h.Height, maxSide)
+	c, err = encodeImage(d.render(w, ht), h.Profile, quality)
+	if err != nil {
+		return compressedImage{}, permanent("corrupt_image", "compress %s: %v", h.Format, err)
+	}
+	if w != h.Width || ht != h.Height {
+		return c, nil
+	}
+	if kept, ok := keepSource(h, source); ok && len(kept.Data) <= len(c.Data) {
+		return kept, nil
+	}
+	return c, nil
+}
+
+// fitInto scales w × h down to fit in side × side, and leaves it if it does.
+func fitInto(w, h, side int) (int, int) {
+	if w <= side && h <= side {
+		return w, h
+	}
+	scale := float64(side) / float64(max(w, h))
+	return max(1, int(math.Round(float64(w)*scale))), max(1, int(math.Round(float64(h)*scale)))
+}
+
+// keepSource returns the source without its metadata, if clients can show it
+// as it is: upright, one frame, no CMYK.
+func keepSource(h imageHeader, source []byte) (compressedImage, bool) {
+	if h.Orientation.turns() || h.Animated || h.cmyk {
+		return compressedImage{}, false
+	}
+	data, ok := stripMetadata(h.Format, source, h.Profile != nil)
+	if !ok {
+		return compressedImage{}, false
+	}
+	return newCompressed(h.Format, data, image.Rect(0, 0, h.Width, h.Height)), true
+}
+
+func newCompressed(format string, data []byte, bounds image.Rectangle) compressedImage {
+	ext := format
+	if format == formatJPEG {
+		ext = "jpg"
+	}
+	return compressedImage{Data: data, Ext: ext, ContentType: "image/" + format, Width: bounds.Dx(), Height: bounds.Dy()}
+}
+
+// encodeImage encodes what render made. A profile goes along if it is for the
+// output's kind of colour: RGB for colour, GRAY for grey. Others end here: CMYK
+// is converted by the plain formula, and grey with alpha becomes RGBA, so
+// their profiles would be wrong for the result.
+func encodeImage(img image.Image, profile []byte, quality int) (compressedImage, error) {
+	m, ok := img.(*image.NRGBA)
+	if !ok {
+		return encodeJPEG(img, profile, quality)
+	}
+	if !m.Opaque() {
+		return encodePNG(m, profile)
+	}
+	// An RGB profile may tint grey, so only unprofiled grey becomes a grey JPEG.
+	if grey := greyOf(m); grey != nil && profileSpace(profile) != "RGB " {
+		return encodeJPEG(grey, profile, quality)
+	}
+	// Opaque NRGBA and RGBA are the same bytes, and the encoder is fast for RGBA alone.
+	return encodeJPEG(&image.RGBA{Pix: m.Pix, Stride: m.Stride, Rect: m.Rect}, profile, quality)
+}
+
+func encodeJPEG(img image.Image, profile []byte, quality int) (compressedImage, error) {
+	var out bytes.Buffer
+	if err := jpeg.Encode(&out, img, &jpeg.Options{Quality: quality}); err != nil {
+		return compressedImage{}, fmt.Errorf("encode jpeg: %w", err)
+	}
+	data := out.Bytes()
+	want := "RGB "
+	if _, grey := img.(*image.Gray); grey {
+		want = "GRAY"
+	}
+	if profileSpace(profile) == want {
+		data = addJPEGProfile(data, profile)
+	}
+	return newCompressed(formatJPEG, data, img.Bounds()), nil
+}
+
+// encodePNG writes an image with alpha, with a palette where that is exact.
+func encodePNG(m *image.NRGBA, profile []byte) (compressedImage, error) {
+	var img image.Image = m
+	if p := palettedOf(m); p != nil {
+		img = p
+	}
+	var out bytes.Buffer
+	if err := png.Encode(&out, img); err != nil {
+		return compressedImage{}, fmt.Errorf("encode png: %w", err)
+	}
+	data := out.Bytes()
+	if profileSpace(profile) == "RGB " {
+		data = addPNGProfile(data, profile)
+	}
+	return newCompressed(formatPNG, data, img.Bounds()), nil
+}

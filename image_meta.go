@@ -1,0 +1,427 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"compress/zlib"
+	"encoding/binary"
+	"hash/crc32"
+	"io"
+	"slices"
+	"unicode/utf16"
+
+	"golang.org/x/image/webp"
+)
+
+// readJPEGHeader reads up to the first scan.
+func readJPEGHeader(data []byte) (imageHeader, error) {
+	h := imageHeader{Format: formatJPEG}
+	var frame jpegFrame
+	var profile jpegProfile
+	for s := range jpegSegments(data) {
+		switch {
+		case s.kind == jpegAPP1 && bytes.HasPrefix(s.body, []byte(exifName)):
+			h.Orientation = cmp.Or(h.Orientation, exifOrientation(s.body))
+		case s.kind == jpegAPP2:
+			profile.add(s.body)
+		case s.kind == jpegAPP14 && len(s.body) >= 12:
+			frame.rgb = s.body[11] == 0 // Adobe's transform: none
+		case isJPEGFrame(s.kind):
+			if frame.components != nil || !frame.parse(s) {
+				return h, permanent("corrupt_image", "jpeg with a frame header that cannot be read (marker %x)", s.kind)
+			}
+		}
+		if s.kind == jpegSOS {
+			break
+		}
+	}
+	if frame.components == nil {
+		return h, permanent("corrupt_image", "jpeg without a frame header")
+	}
+	h.Width, h.Height = frame.width, frame.height
+	h.cmyk = len(frame.components) == 4
+	h.decodeBytes, h.outputBytes = frame.cost()
+	h.Profile = foreignProfile(profile.assemble())
+	return h, nil
+}
+
+// isJPEGFrame reports whether kind is one of the SOF markers, of whatever process.
+func isJPEGFrame(kind string) bool {
+	return kind >= jpegSOF0 && kind <= jpegSOF15 && kind != jpegDHT && kind != jpegDAC && kind != jpegJPG
+}
+
+// jpegFrame is what a JPEG's SOF and Adobe segments say.
+type jpegFrame struct {
+	width, height int
+	progressive   bool
+	rgb           bool // may be stored as RGB
+	components    []sampling
+}
+
+// sampling is a component's horizontal and vertical sampling factor.
+type sampling struct{ h, v int64 }
+
+// parse reads a baseline, extended or progressive frame of 8-bit samples,
+// and reports false for any other.
+func (f *jpegFrame) parse(s segment) bool {
+	if s.kind > jpegSOF2 || len(s.body) < 6 || s.body[0] != 8 {
+		return false
+	}
+	n := int(s.body[5])
+	if n != 1 && n != 3 && n != 4 || len(s.body) != 6+3*n {
+		return false
+	}
+	f.height = int(binary.BigEndian.Uint16(s.body[1:]))
+	f.width = int(binary.BigEndian.Uint16(s.body[3:]))
+	f.progressive = s.kind == jpegSOF2
+	for i := range n {
+		id, hv := s.body[6+3*i], s.body[7+3*i]
+		if hv>>4 < 1 || hv>>4 > 4 || hv&15 < 1 || hv&15 > 4 {
+			return false
+		}
+		f.components = append(f.components, sampling{int64(hv >> 4), int64(hv & 15)})
+		f.rgb = f.rgb || i == 0 && id == 'R'
+	}
+	return true
+}
+
+// cost is what the decoder allocates, and what an output pixel takes. The
+// decoder holds whole MCUs of each component, a byte a sample; for a progressive
+// image 64 coefficients of four bytes a block besides; and four bytes a pixel
+// for RGB and CMYK.
+func (f *jpegFrame) cost() (decode int64, output float64) {
+	parts := f.components
+	output = outputYCbCr
+	if len(parts) == 1 { // never interleaved: its sampling factors do not count
+		parts, output = []sampling{{1, 1}}, outputGrey
+	}
+	samplesPerMCU := int64(0)
+	for _, c := range parts {
+		samplesPerMCU += 64 * c.h * c.v
+	}
+	samples := samplesPerMCU * ceilDiv(int64(f.width), 8*parts[0].h) * ceilDiv(int64(f.height), 8*parts[0].v)
+	decode = samples
+	if f.progressive {
+		decode += 4 * samples
+	}
+	if len(parts) == 4 || len(parts) == 3 && f.rgb {
+		decode += 4 * int64(f.width) * int64(f.height)
+		output = outputRGB
+	}
+	return decode, output
+}
+
+func ceilDiv(a, b int64) int64 { return (a + b - 1) / b }
+
+// readPNGHeader reads IHDR and, up to the end, what else matters.
+func readPNGHeader(data []byte) (imageHeader, error) {
+	h := imageHeader{Format: formatPNG}
+	alpha, depth, colorType, interlaced := false, byte(0), byte(0), false
+	for c := range pngChunks(data) {
+		if (c.kind == "IHDR") != (depth == 0) || c.kind == "IHDR" && (len(c.body) != 13 || c.body[8] == 0) {
+			return h, permanent("corrupt_image", "png that does not begin with its header")
+		}
+		switch c.kind {
+		case "IHDR":
+			h.Width, h.Height = int(binary.BigEndian.Uint32(c.body)), int(binary.BigEndian.Uint32(c.body[4:]))
+			depth, colorType, interlaced = c.body[8], c.body[9], c.body[12] != 0
+		case "tRNS":
+			alpha = true
+		case "eXIf":
+			h.Orientation = exifOrientation(c.body)
+		case "iCCP":
+			h.Profile = foreignProfile(inflatePNGProfile(c.body))
+		}
+	}
+	if depth == 0 {
+		return h, permanent("corrupt_image", "png without a header")
+	}
+	perPixel, output := pngCost(colorType, depth, alpha)
+	if interlaced { // each pass is an image of its own before it is merged
+		perPixel *= 2
+	}
+	h.decodeBytes, h.outputBytes = perPixel*int64(h.Width)*int64(h.Height), output
+	return h, nil
+}
+
+// pngCost is how many bytes the decoder makes of a pixel, and what an output pixel takes.
+func pngCost(colorType, depth byte, transparent bool) (perPixel int64, output float64) {
+	const grey, palette, alphaBit = 0, 3, 4
+	deep := int64(depth) / 16 // 1 for 16 bits, else 0
+	switch {
+	case colorType == palette:
+		return 1, outputRGBA
+	case colorType == grey && !transparent:
+		return 1 + deep, outputGrey
+	case transparent || colorType&alphaBit != 0:
+		return 4 + 4*deep, outputRGBA
+	}
+	return 4 + 4*deep, outputRGB
+}
+
+// readGIFHeader reads the canvas and the first frame, and looks for a second.
+func readGIFHeader(data []byte) (imageHeader, error) {
+	h := imageHeader{Format: formatGIF, outputBytes: outputRGBA}
+	frames := 0
+	for s := range gifSegments(data) {
+		switch s.kind {
+		case gifHeader:
+			h.Width = int(binary.LittleEndian.Uint16(s.body[6:]))
+			h.Height = int(binary.LittleEndian.Uint16(s.body[8:]))
+		case gifImage:
+			frames++
+		}
+		if frames == 2 {
+			break
+		}
+	}
+	if frames == 0 {
+		return h, permanent("corrupt_image", "gif without a whole frame")
+	}
+	h.Animated = frames > 1
+	// A byte a pixel, and again while rows are put in order; a frame never exceeds its canvas.
+	h.decodeBytes = 2 * int64(h.Width) * int64(h.Height)
+	return h, nil
+}
+
+// readWebPHeader reads the size as the decoder sees it, and the chunks.
+func readWebPHeader(data []byte) (imageHeader, error) {
+	h := imageHeader{Format: formatWebP}
+	config, err := webp.DecodeConfig(bytes.NewReader(data))
+	if err != nil {
+		return h, permanent("corrupt_image", "decode webp header: %v", err)
+	}
+	h.Width, h.Height = config.Width, config.Height
+	alpha, lossless := false, false
+	for c := range webpChunks(data) {
+		switch c.kind {
+		case "ANMF": // its kind is not looked up: the dearest is assumed
+			h.Animated, alpha, lossless = true, true, true
+		case "ALPH":
+			alpha = true
+		case "VP8L":
+			lossless = true
+		case "EXIF":
+			h.Orientation = exifOrientation(c.body)
+		case "ICCP":
+			h.Profile = foreignProfile(c.body)
+		}
+	}
+	h.decodeBytes, h.outputBytes = webpCost(h, alpha, lossless, int64(len(data)))
+	return h, nil
+}
+
+// webpCost is what the decoder allocates, and what an output pixel takes.
+// Lossy: whole macroblocks at a byte and a half a pixel, 16 bytes of filter
+// settings each, and a copy of the data. Lossless, and alpha too: four bytes a pixel,
+// once more where a transform needs a second image, one for the alpha plane,
+// and the Huffman tables: one set a tile of 4×4 or larger, 2600 at most, 2.7 kB each,
+// and for each symbol, of which a byte of data can spell sixteen, 16 bytes.
+func webpCost(h imageHeader, alpha, lossless bool, size int64) (decode int64, output float64) {
+	const maxTables, tableBytes, tableSymbols, symbolBytes = 2600, 2700, 3136, 2 * 8
+	w, ht := int64(h.Width), int64(h.Height)
+	decode = size + ceilDiv(w, 16)*ceilDiv(ht, 16)*(384+16)
+	if !alpha && !lossless {
+		return decode, outputYCbCr
+	}
+	tables := min(maxTables, ceilDiv(w, 4)*ceilDiv(ht, 4))
+	symbols := min(tables*tableSymbols, 16*size)
+	return decode + 9*w*ht + tables*tableBytes + symbols*symbolBytes, outputRGBA
+}
+
+// exifName begins a JPEG segment, and some writers' WebP chunk, that holds EXIF.
+const exifName = "Exif\x00\x00"
+
+// exifOrientation reads tag 0x0112 of the first directory of EXIF data (CIPA
+// DC-008), with or without exifName before it. What cannot be read is 0: upright.
+func exifOrientation(data []byte) orientation {
+	data = bytes.TrimPrefix(data, []byte(exifName))
+	if len(data) < 8 {
+		return 0
+	}
+	var order binary.ByteOrder
+	switch string(data[:4]) {
+	case "II*\x00":
+		order = binary.LittleEndian
+	case "MM\x00*":
+		order = binary.BigEndian
+	default:
+		return 0
+	}
+	at := int64(order.Uint32(data[4:]))
+	if at+2 > int64(len(data)) {
+		return 0
+	}
+	entries := data[at+2:]
+	for range order.Uint16(data[at:]) {
+		if len(entries) < 12 {
+			return 0
+		}
+		const tagOrientation, typeShort = 0x0112, 3
+		if order.Uint16(entries) == tagOrientation && order.Uint16(entries[2:]) == typeShort {
+			if o := order.Uint16(entries[8:]); o >= 1 && o <= 8 {
+				return orientation(o)
+			}
+			return 0
+		}
+		entries = entries[12:]
+	}
+	return 0
+}
+
+// jpegProfileName begins an APP2 segment that holds a part of an ICC profile;
+// the part's number and the number of parts follow (ICC.1, annex B.4).
+const jpegProfileName = "ICC_PROFILE\x00"
+
+// jpegProfile gathers the parts of a JPEG's ICC profile.
+type jpegProfile struct {
+	parts [256][]byte // by number, from 1
+	count int
+}
+
+func (p *jpegProfile) add(body []byte) {
+	part, ok := bytes.CutPrefix(body, []byte(jpegProfileName))
+	if ok && len(part) >= 2 {
+		p.parts[part[0]] = part[2:]
+		p.count = int(part[1])
+	}
+}
+
+// assemble joins the parts; nil if there is none or one is missing.
+func (p *jpegProfile) assemble() []byte {
+	parts := p.parts[1 : p.count+1]
+	if slices.ContainsFunc(parts, func(b []byte) bool { return b == nil }) {
+		return nil
+	}
+	return bytes.Join(parts, nil)
+}
+
+// maxProfileBytes bounds what a PNG's compressed profile may unpack to. Real
+// ones reach 2 MiB, with look-up tables for printing.
+const maxProfileBytes = 4 << 20
+
+// inflatePNGProfile unpacks an iCCP chunk: name, zero, method, zlib data.
+func inflatePNGProfile(body []byte) []byte {
+	_, packed, ok := bytes.Cut(body, []byte{0})
+	if !ok || len(packed) < 1 {
+		return nil
+	}
+	z, err := zlib.NewReader(bytes.NewReader(packed[1:]))
+	if err != nil {
+		return nil
+	}
+	profile, err := io.ReadAll(io.LimitReader(z, maxProfileBytes+1))
+	if err != nil || len(profile) > maxProfileBytes {
+		return nil
+	}
+	return profile
+}
+
+// profileSpace is the kind of colour that an ICC profile is for ("RGB ", "GRAY",
+// "CMYK"), "" if it is none.
+func profileSpace(profile []byte) string {
+	if len(profile) < 132 || string(profile[36:40]) != "acsp" {
+		return ""
+	}
+	return string(profile[16:20])
+}
+
+// foreignProfile returns the profile unless it is sRGB, which is what clients
+// assume without one, or no profile at all.
+func foreignProfile(profile []byte) []byte {
+	space := profileSpace(profile)
+	if space == "" || space == "RGB " && slices.Contains(srgbNames, profileDescription(profile)) {
+		return nil
+	}
+	return profile
+}
+
+// srgbNames are the descriptions of the profiles that are sRGB. A list, not a
+// search for "sRGB": there are linear and wide-gamut ones with that in their name.
+var srgbNames = []string{
+	"sRGB", "sRGB IEC61966-2.1", "sRGB IEC61966-2-1", "sRGB IEC61966-2-1 black scaled", "IEC 61966-2-1 Default RGB Colour Space - sRGB",
+	"IEC 61966-2.1 Default RGB colour space - sRGB", "sRGB2014", "sRGB built-in", "RGB built-in", "GIMP built-in sRGB", "Artifex sRGB", "Artifex PS sRGB Profile",
+	"sRGB-elle-V2-srgbtrc.icc", "sRGB-elle-V4-srgbtrc.icc", "c2", "sRGB v4 ICC preference perceptual intent beta", "Generic sRGB Profile",
+}
+
+// profileDescription reads the tag "desc", in its form of ICC version 2 or 4.
+func profileDescription(profile []byte) string {
+	tag := profileTag(profile, "desc")
+	if len(tag) < 12 {
+		return ""
+	}
+	size := int64(binary.BigEndian.Uint32(tag[8:]))
+	switch string(tag[:4]) {
+	case "desc":
+		if text := tag[12:]; size <= int64(len(text)) {
+			return string(bytes.TrimRight(text[:size], "\x00 "))
+		}
+	case "mluc": // take the first of its languages
+		if size < 1 || len(tag) < 28 {
+			return ""
+		}
+		size, at := int64(binary.BigEndian.Uint32(tag[20:])), int64(binary.BigEndian.Uint32(tag[24:]))
+		if at+size <= int64(len(tag)) {
+			return string(bytes.TrimRight(utf16BE(tag[at:at+size]), "\x00 "))
+		}
+	}
+	return ""
+}
+
+func utf16BE(b []byte) []byte {
+	units := make([]uint16, len(b)/2)
+	for i := range units {
+		units[i] = binary.BigEndian.Uint16(b[2*i:])
+	}
+	return []byte(string(utf16.Decode(units)))
+}
+
+// profileTag finds a tag's data in the table that follows the 128 bytes of header.
+func profileTag(profile []byte, name string) []byte {
+	table := profile[132:]
+	for range binary.BigEndian.Uint32(profile[128:]) {
+		if len(table) < 12 {
+			return nil
+		}
+		if string(table[:4]) == name {
+			at, size := int64(binary.BigEndian.Uint32(table[4:])), int64(binary.BigEndian.Uint32(table[8:]))
+			if at+size > int64(len(profile)) {
+				return nil
+			}
+			return profile[at : at+size]
+		}
+		table = table[12:]
+	}
+	return nil
+}
+
+// addJPEGProfile puts a profile into a JPEG, right after its start marker.
+func addJPEGProfile(data, profile []byte) []byte {
+	const maxPart = 65535 - 2 - len(jpegProfileName) - 2
+	parts := slices.Collect(slices.Chunk(profile, maxPart))
+	out := make([]byte, 0, len(data)+len(profile)+len(parts)*(65535-maxPart+2))
+	out = append(out, data[:2]...)
+	for i, part := range parts {
+		out = append(out, 0xff, jpegAPP2[0])
+		out = binary.BigEndian.AppendUint16(out, uint16(2+len(jpegProfileName)+2+len(part)))
+		out = append(out, jpegProfileName...)
+		out = append(out, byte(i+1), byte(len(parts)))
+		out = append(out, part...)
+	}
+	return append(out, data[2:]...)
+}
+
+// addPNGProfile puts a profile into a PNG, right after its header.
+func addPNGProfile(data, profile []byte) []byte {
+	var body bytes.Buffer
+	body.WriteString("iCCPICC profile\x00\x00") // chunk name, profile name, deflate
+	z := zlib.NewWriter(&body)
+	z.Write(profile) // a bytes.Buffer does not fail
+	z.Close()
+	const afterHeader = len(pngSignature) + 12 + 13
+	out := slices.Clone(data[:afterHeader])
+	out = binary.BigEndian.AppendUint32(out, uint32(body.Len()-4))
+	out = append(out, body.Bytes()...)
+	out = binary.BigEndian.AppendUint32(out, crc32.ChecksumIEEE(body.Bytes()))
+	return append(out, data[afterHeader:]...)
+}

@@ -1,0 +1,372 @@
+package main
+
+import (
+	"image"
+	"image/color"
+	"math"
+)
+
+// orientation is EXIF's: how the stored rows and columns lie on the upright
+// image. 0 and 1 are upright already.
+type orientation uint8
+
+func (o orientation) turns() bool      { return o > 1 }
+func (o orientation) transposes() bool { return o >= 5 }
+
+// mirrorsX: stored columns run backwards. mirrorsY: stored rows do.
+func (o orientation) mirrorsX() bool { return o == 2 || o == 3 || o == 7 || o == 8 }
+func (o orientation) mirrorsY() bool { return o == 3 || o == 4 || o == 6 || o == 7 }
+
+// size is the upright size of a stored image of w × h.
+func (o orientation) size(w, h int) (int, int) {
+	if o.transposes() {
+		return h, w
+	}
+	return w, h
+}
+
+// grid is a block of samples into which stored rows are written upright, so
+// that turning needs neither a second image nor a second pass.
+type grid struct {
+	pix            []byte
+	channels       int
+	origin, dx, dy int // stored sample (x, y) lies at channels × (origin + x·dx + y·dy)
+}
+
+// newGrid writes w × h stored samples into pix, whose rows are stride bytes.
+func newGrid(pix []byte, stride, channels, w, h int, o orientation) grid {
+	stride /= channels
+	g := grid{pix: pix, channels: channels, dx: 1, dy: stride}
+	if o.transposes() {
+		g.dx, g.dy = stride, 1
+	}
+	if o.mirrorsX() {
+		g.origin += (w - 1) * g.dx
+		g.dx = -g.dx
+	}
+	if o.mirrorsY() {
+		g.origin += (h - 1) * g.dy
+		g.dy = -g.dy
+	}
+	return g
+}
+
+// put writes stored row y.
+func (g grid) put(y int, row []byte) {
+	at := g.channels * (g.origin + y*g.dy)
+	if g.dx == 1 {
+		copy(g.pix[at:], row)
+		return
+	}
+	step := g.channels * g.dx
+	for ; len(row) > 0; row = row[g.channels:] {
+		copy(g.pix[at:], row[:g.channels])
+		at += step
+	}
+}
+
+// render resizes the image to w × h stored pixels and turns it upright. The
+// result is *image.Gray, *image.YCbCr (4:2:0) or *image.NRGBA.
+func (d *decodedImage) render(w, h int) image.Image {
+	whole := d.frame == image.Rect(0, 0, d.header.Width, d.header.Height)
+	switch m := d.pixels.(type) {
+	case *image.Gray:
+		return d.renderGrey(w, h, func(y int) []byte { return m.Pix[y*m.Stride:] })
+	case *image.Gray16:
+		row := make([]byte, m.Rect.Dx())
+		return d.renderGrey(w, h, func(y int) []byte {
+			narrow16(row, m.Pix[y*m.Stride:])
+			return row
+		})
+	case *image.YCbCr:
+		if whole {
+			return d.renderYCbCr(w, h, m)
+		}
+	}
+	return d.renderNRGBA(w, h)
+}
+
+func (d *decodedImage) renderGrey(w, h int, read func(y int) []byte) image.Image {
+	src, o := d.header, d.header.Orientation
+	out := image.NewGray(uprightRect(w, h, o))
+	g := newGrid(out.Pix, out.Stride, 1, w, h, o)
+	resample(read, 1, lumaAxis(src.Width, w), lumaAxis(src.Height, h), g.put)
+	return out
+}
+
+func uprightRect(w, h int, o orientation) image.Rectangle {
+	w, h = o.size(w, h)
+	return image.Rect(0, 0, w, h)
+}
+
+// renderYCbCr resizes each plane as it is, without a detour by RGB.
+func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
+	o := d.header.Orientation
+	out := image.NewYCbCr(uprightRect(w, h, o), image.YCbCrSubsampleRatio420)
+	plane := func(dst, src []byte, dstStride, srcStride int, horizontal, vertical axis) {
+		g := newGrid(dst, dstStride, 1, len(horizontal.taps), len(vertical.taps), o)
+		resample(func(y int) []byte { return src[y*srcStride:] }, 1, horizontal, vertical, g.put)
+	}
+	srcW, srcH := d.header.Width, d.header.Height
+	plane(out.Y, m.Y, out.YStride, m.YStride, lumaAxis(srcW, w), lumaAxis(srcH, h))
+	subX, subY := subsampling(m.SubsampleRatio)
+	horizontal := chromaAxis(srcW, w, subX, o.mirrorsX())
+	vertical := chromaAxis(srcH, h, subY, o.mirrorsY())
+	plane(out.Cb, m.Cb, out.CStride, m.CStride, horizontal, vertical)
+	plane(out.Cr, m.Cr, out.CStride, m.CStride, horizontal, vertical)
+	return out
+}
+
+// subsampling is how many pixels one chroma sample covers in each direction.
+func subsampling(r image.YCbCrSubsampleRatio) (x, y int) {
+	switch r {
+	case image.YCbCrSubsampleRatio422:
+		return 2, 1
+	case image.YCbCrSubsampleRatio420:
+		return 2, 2
+	case image.YCbCrSubsampleRatio440:
+		return 1, 2
+	case image.YCbCrSubsampleRatio411:
+		return 4, 1
+	case image.YCbCrSubsampleRatio410:
+		return 4, 2
+	}
+	return 1, 1
+}
+
+func lumaAxis(src, dst int) axis {
+	return newAxis(src, dst, float64(src)/float64(dst), 0)
+}
+
+// chromaAxis makes chroma samples that cover two output pixels each, of source
+// samples that cover sub source pixels each (centred, as JFIF has it).
+// An odd output length leaves the last sample a pixel short. If the axis is
+// mirrored afterwards that must be the first, so the samples begin a pixel early.
+func chromaAxis(src, dst, sub int, mirrored bool) axis {
+	pixel := float64(src) / float64(dst) / float64(sub) // an output pixel in chroma samples
+	offset := 0.0
+	if mirrored && dst%2 == 1 {
+		offset = -pixel
+	}
+	return newAxis((src+sub-1)/sub, (dst+1)/2, 2*pixel, offset)
+}
+
+// renderNRGBA goes by RGBA, premultiplied while it is resized, so that the
+// colour of transparent pixels does not bleed into the others. What is not
+// resized is not premultiplied either, and so stays exact.
+func (d *decodedImage) renderNRGBA(w, h int) image.Image {
+	src, o := d.header, d.header.Orientation
+	out := image.NewNRGBA(uprightRect(w, h, o))
+	g := newGrid(out.Pix, out.Stride, 4, w, h, o)
+	read := d.rowReader()
+	if w == src.Width && h == src.Height {
+		for y := range h {
+			row := read(y)
+			clearTransparent(row)
+			g.put(y, row)
+		}
+		return out
+	}
+	premultiplied := func(y int) []byte {
+		row := read(y)
+		premultiply(row)
+		return row
+	}
+	resample(premultiplied, 4, lumaAxis(src.Width, w), lumaAxis(src.Height, h), func(y int, row []byte) {
+		unpremultiply(row)
+		g.put(y, row)
+	})
+	return out
+}
+
+// rowReader returns a function that reads a row of the whole image as straight
+// 8-bit RGBA. The row is the caller's until the next one is read.
+func (d *decodedImage) rowReader() func(y int) []byte {
+	row := make([]byte, 4*d.header.Width)
+	part := row[4*d.frame.Min.X : 4*d.frame.Max.X]
+	convert := rowConverter(d.pixels)
+	return func(y int) []byte {
+		if y < d.frame.Min.Y || y >= d.frame.Max.Y {
+			clear(part)
+		} else {
+			convert(part, y-d.frame.Min.Y)
+		}
+		return row
+	}
+}
+
+// rowConverter returns a function that writes row y, counted from the top of
+// img, as straight 8-bit RGBA. It knows what the decoders return.
+func rowConverter(img image.Image) func(dst []byte, y int) {
+	switch m := img.(type) {
+	case *image.RGBA: // the decoders make only opaque ones, which are straight too
+		return func(dst []byte, y int) { copy(dst, m.Pix[y*m.Stride:]) }
+	case *image.NRGBA:
+		return func(dst []byte, y int) { copy(dst, m.Pix[y*m.Stride:]) }
+	case *image.RGBA64:
+		return func(dst []byte, y int) { narrow16(dst, m.Pix[y*m.Stride:]) }
+	case *image.NRGBA64:
+		return func(dst []byte, y int) { narrow16(dst, m.Pix[y*m.Stride:]) }
+	case *image.Paletted:
+		return palettedRows(m)
+	case *image.CMYK:
+		return func(dst []byte, y int) { cmykRow(dst, m.Pix[y*m.Stride:]) }
+	case *image.YCbCr:
+		return func(dst []byte, y int) { yCbCrRow(dst, m, y) }
+	case *image.NYCbCrA:
+		return func(dst []byte, y int) {
+			yCbCrRow(dst, &m.YCbCr, y)
+			for x, a := range m.A[y*m.AStride:][:len(dst)/4] {
+				dst[4*x+3] = a
+			}
+		}
+	}
+	return func(dst []byte, y int) { anyRow(dst, img, y) }
+}
+
+// anyRow converts what no decoder is known to return.
+func anyRow(dst []byte, img image.Image, y int) {
+	b := img.Bounds()
+	for x := range len(dst) / 4 {
+		c := color.NRGBAModel.Convert(img.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
+		dst[4*x], dst[4*x+1], dst[4*x+2], dst[4*x+3] = c.R, c.G, c.B, c.A
+	}
+}
+
+func palettedRows(m *image.Paletted) func(dst []byte, y int) {
+	var table [256][4]byte
+	for i, c := range m.Palette {
+		n := color.NRGBAModel.Convert(c).(color.NRGBA)
+		table[i] = [4]byte{n.R, n.G, n.B, n.A}
+	}
+	return func(dst []byte, y int) {
+		for x, index := range m.Pix[y*m.Stride:][:len(dst)/4] {
+			copy(dst[4*x:], table[index][:])
+		}
+	}
+}
+
+func cmykRow(dst, src []byte) {
+	for i := 0; i+4 <= len(dst); i += 4 {
+		dst[i], dst[i+1], dst[i+2] = color.CMYKToRGB(src[i], src[i+1], src[i+2], src[i+3])
+		dst[i+3] = 255
+	}
+}
+
+func yCbCrRow(dst []byte, m *image.YCbCr, y int) {
+	for x := range len(dst) / 4 {
+		px, py := m.Rect.Min.X+x, m.Rect.Min.Y+y
+		yi, ci := m.YOffset(px, py), m.COffset(px, py)
+		dst[4*x], dst[4*x+1], dst[4*x+2] = color.YCbCrToRGB(m.Y[yi], m.Cb[ci], m.Cr[ci])
+		dst[4*x+3] = 255
+	}
+}
+
+// narrow16 reduces big-endian 16-bit samples to 8 bits, to the nearest.
+func narrow16(dst, src []byte) {
+	for i := range dst {
+		v := uint32(src[2*i])<<8 | uint32(src[2*i+1])
+		dst[i] = uint8((v*255 + 32767) / 65535)
+	}
+}
+
+func premultiply(row []byte) {
+	for ; len(row) >= 4; row = row[4:] {
+		if a := uint32(row[3]); a != 255 {
+			for i, v := range row[:3] {
+				row[i] = uint8((uint32(v)*a + 127) / 255)
+			}
+		}
+	}
+}
+
+// unpremultiply also bounds the colours by alpha, above which the kernel's
+// overshoot may have taken them.
+func unpremultiply(row []byte) {
+	for ; len(row) >= 4; row = row[4:] {
+		a := uint32(row[3])
+		if a == 255 {
+			continue
+		}
+		for i, v := range row[:3] {
+			row[i] = uint8((min(uint32(v), a)*255 + a/2) / max(a, 1))
+		}
+	}
+}
+
+// clearTransparent blackens what cannot be seen: it only costs bytes, and may
+// be what somebody meant to remove.
+func clearTransparent(row []byte) {
+	for ; len(row) >= 4; row = row[4:] {
+		if row[3] == 0 {
+			row[0], row[1], row[2] = 0, 0, 0
+		}
+	}
+}
+
+// expandVideoRange stretches the planes of a lossy WebP in place: VP8 has luma
+// from 16 to 235 and chroma from 16 to 240 (RFC 6386, section 9.2, by
+// way of ITU-R BT.601), and the decoder hands them out so, while image.YCbCr and
+// JPEG mean the full range.
+func expandVideoRange(img image.Image) {
+	var m *image.YCbCr
+	switch p := img.(type) {
+	case *image.YCbCr:
+		m = p
+	case *image.NYCbCrA:
+		m = &p.YCbCr
+	default:
+		return
+	}
+	stretch(m.Y, 16, 219, 0)
+	stretch(m.Cb, 128, 224, 128)
+	stretch(m.Cr, 128, 224, 128)
+}
+
+// stretch maps samples so that from becomes to and a range of span the full one.
+func stretch(plane []byte, from, span, to int) {
+	var table [256]byte
+	for v := range table {
+		full := math.Round(float64(v-from) * 255 / float64(span))
+		table[v] = uint8(min(max(int(full)+to, 0), 255))
+	}
+	for i, v := range plane {
+		plane[i] = table[v]
+	}
+}
+
+// greyOf returns an opaque image's grey form, or nil if it has any colour.
+func greyOf(m *image.NRGBA) *image.Gray {
+	for i := 0; i+4 <= len(m.Pix); i += 4 {
+		if m.Pix[i] != m.Pix[i+1] || m.Pix[i] != m.Pix[i+2] {
+			return nil
+		}
+	}
+	out := image.NewGray(m.Rect)
+	for i := range out.Pix {
+		out.Pix[i] = m.Pix[4*i]
+	}
+	return out
+}
+
+// palettedOf returns an image's form with a palette, or nil if it has more
+// than 256 colours.
+func palettedOf(m *image.NRGBA) *image.Paletted {
+	indexes := make(map[color.NRGBA]uint8, 256)
+	out := image.NewPaletted(m.Rect, nil)
+	for i := range out.Pix {
+		p := m.Pix[4*i:][:4]
+		c := color.NRGBA{p[0], p[1], p[2], p[3]}
+		index, ok := indexes[c]
+		if !ok {
+			if len(indexes) == 256 {
+				return nil
+			}
+			index = uint8(len(indexes))
+			indexes[c] = index
+			out.Palette = append(out.Palette, c)
+		}
+		out.Pix[i] = index
+	}
+	return out
+}

@@ -1,0 +1,253 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+)
+
+// This file is the ledger of the image work: what is due, what the broker has,
+// what has become of it, and which stored objects nothing refers to.
+
+// leaseTime is how long a dispatcher has for publishing what it has claimed. A
+// claim that outlives it, since its process died, is due again.
+const leaseTime = 30 * time.Second
+
+const claimDue = `
+WITH due AS MATERIALIZED (
+	SELECT id FROM images
+	WHERE status = 'pending' AND run_at IS NOT NULL AND run_at <= $1
+	ORDER BY run_at
+	LIMIT $4 FOR UPDATE SKIP LOCKED)
+UPDATE images SET run_at = $2, claim = $3 WHERE id IN (SELECT id FROM due)
+RETURNING id, product_id, request_id, traceparent`
+
+const refuseClaimed = `
+UPDATE images SET run_at = $1
+WHERE status = 'pending' AND run_at = $2 AND claim = $3 AND id = $4`
+
+const finishClaim = `
+UPDATE images SET run_at = NULL, published_at = $1
+WHERE status = 'pending' AND run_at = $2 AND claim = $3`
+
+// refusedDelay is the wait before a job that the broker refused is tried again.
+const refusedDelay = time.Second
+
+// DispatchDue claims up to limit due jobs, hands them to publish, and marks
+// those that it did not refuse as published. It answers how many it claimed.
+//
+// The claim is a lease that is committed first: no lock is held while the broker
+// is waited for, and a job whose process dies in between is published again.
+func (s *store) DispatchDue(ctx context.Context, limit int, publish func(context.Context, []Job) ([]Job, error)) (int, error) {
+	now, claim := s.now(), rand.Int64()
+	lease := now.Add(leaseTime)
+	jobs, err := changed(ctx, s, scanJob, claimDue, now, lease, claim, limit)
+	if err != nil || len(jobs) == 0 {
+		return 0, wrap("claim due images", err)
+	}
+	refused, publishErr := publish(ctx, jobs)
+	if publishErr != nil {
+		refused = jobs
+	}
+	// Also when ctx has ended meanwhile: what was published is best known as such.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaseTime/6)
+	defer cancel()
+	err = s.InTx(ctx, func(tx querier) error {
+		retry := s.now().Add(refusedDelay)
+		for _, job := range refused {
+			if _, err := tx.Exec(ctx, refuseClaimed, retry, lease, claim, job.ID); err != nil {
+				return err
+			}
+		}
+		_, err := tx.Exec(ctx, finishClaim, s.now(), lease, claim)
+		return err
+	})
+	return len(jobs), errors.Join(publishErr, wrap("mark images as published", err))
+}
+
+func scanJob(r rows) (Job, error) {
+	var j Job
+	err := r.Scan(&j.ID, &j.ProductID, &j.RequestID, &j.Traceparent)
+	return j, err
+}
+
+const requeuePublished = `
+UPDATE images SET run_at = $1
+WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2`
+
+// RequeuePublished makes every unfinished job that was published at least age
+// ago due again: for when the broker has lost them.
+func (s *store) RequeuePublished(ctx context.Context, age time.Duration) (int64, error) {
+	now := s.now()
+	n, err := s.Exec(ctx, requeuePublished, now, now.Add(-age))
+	return n, wrap("requeue published images", err)
+}
+
+const selectPending = `SELECT ` + imageColumns + ` FROM images i WHERE i.id = $1 AND i.status = 'pending'`
+
+// PendingImage reads the image of a job, or answers errNotFound if there is
+// nothing left to do: it is finished, replaced or deleted.
+func (s *store) PendingImage(ctx context.Context, id int64) (Image, error) {
+	var i Image
+	err := queryRow(ctx, s, imageTargets(&i), selectPending, id)
+	return i, wrap(fmt.Sprintf("read image %d", id), err)
+}
+
+// garbageGrace is how long an uploaded object may wait for its image to be
+// settled before it counts as garbage. Outages in between are part of it; one
+// that lasts longer costs an upload, see SettleReady.
+const garbageGrace = time.Hour
+
+const reserveObject = `
+INSERT INTO garbage (object_key, delete_at) VALUES ($1, $2)
+ON CONFLICT (object_key) DO UPDATE SET delete_at = excluded.delete_at WHERE NOT garbage.deleting`
+
+var errObjectBusy = errors.New("object is being deleted")
+
+// ReserveObject is called before an object is uploaded for a pending image. From
+// here on the object is garbage until SettleReady has the image refer to it, so
+// a crash in between leaves nothing behind for good. errNotFound as for PendingImage.
+func (s *store) ReserveObject(ctx context.Context, imageID int64, key string) error {
+	err := s.InTx(ctx, func(tx querier) error {
+		var id int64
+		err := queryRow(ctx, tx, []any{&id}, `SELECT id FROM images WHERE id = $1 AND status = 'pending' FOR UPDATE`, imageID)
+		if err != nil {
+			return err
+		}
+		n, err := tx.Exec(ctx, reserveObject, key, s.now().Add(garbageGrace))
+		if err == nil && n == 0 {
+			return errObjectBusy
+		}
+		return err
+	})
+	return wrap(fmt.Sprintf("reserve object of image %d", imageID), err)
+}
+
+func discardObject(ctx context.Context, tx querier, key string, now time.Time) error {
+	_, err := tx.Exec(ctx, `INSERT INTO garbage (object_key, delete_at) VALUES ($1, $2) ON CONFLICT (object_key) DO NOTHING`, key, now)
+	return err
+}
+
+// errReservationLost says that the object was deleted as garbage before its
+// image was settled: upload it again.
+var errReservationLost = errors.New("object reservation lost")
+
+const settleReady = `
+UPDATE images SET status = 'ready', object_key = $3, width = $4, height = $5, bytes = $6, source_bytes = $7,
+	run_at = NULL, error_code = '', error_detail = ''
+WHERE id = $1 AND status = 'pending' AND product_id = $2`
+
+// SettleReady makes the image refer to its stored object, as done carries it,
+// and answers the product's new version. errNotFound if the image is no longer
+// wanted or someone else has finished it: then nothing changes.
+func (s *store) SettleReady(ctx context.Context, job Job, done Image) (version int64, err error) {
+	version, err = s.settle(ctx, job.ProductID, func(tx querier) (int64, error) {
+		n, err := tx.Exec(ctx, settleReady, job.ID, job.ProductID,
+			done.Key, done.Width, done.Height, done.Bytes, done.SourceBytes)
+		if err != nil || n == 0 {
+			return n, err
+		}
+		reserved, err := tx.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND NOT deleting`, done.Key)
+		if err == nil && reserved == 0 {
+			return 0, errReservationLost
+		}
+		return reserved, err
+	})
+	return version, wrap(fmt.Sprintf("settle image %d", job.ID), err)
+}
+
+// failure is a failed try of an image.
+type failure struct {
+	*imageError
+	Attempt  int           // which try it was, from 1
+	Duration time.Duration // of the try
+	RetryAt  time.Time     // zero: the image is dead
+}
+
+const settleFailed = `
+UPDATE images SET attempts = $3, error_code = $4, error_detail = $5,
+	status = $6, run_at = $7, failed_at = $8
+WHERE id = $1 AND product_id = $2 AND status = 'pending' AND attempts = $3 - 1`
+
+// SettleFailed records a failed try: the image is due again at f.RetryAt, or is
+// a dead letter. Results as for SettleReady; a try that was counted already, by
+// a worker with a second copy of the message, changes nothing.
+func (s *store) SettleFailed(ctx context.Context, job Job, f failure) (version int64, err error) {
+	now := s.now()
+	status, retryAt, failedAt := imagePending, any(f.RetryAt.UTC().Truncate(time.Millisecond)), any(nil)
+	if f.RetryAt.IsZero() {
+		status, retryAt, failedAt = imageFailed, nil, now
+	}
+	version, err = s.settle(ctx, job.ProductID, func(tx querier) (int64, error) {
+		n, err := tx.Exec(ctx, settleFailed, job.ID, job.ProductID, f.Attempt, f.Code, f.Detail, status, retryAt, failedAt)
+		if err != nil || n == 0 {
+			return n, err
+		}
+		return tx.Exec(ctx, `INSERT INTO image_attempts (image_id, failed_at, duration_ms, code, detail) VALUES ($1, $2, $3, $4, $5)`,
+			job.ID, now, f.Duration.Milliseconds(), f.Code, f.Detail)
+	})
+	return version, wrap(fmt.Sprintf("settle failed image %d", job.ID), err)
+}
+
+// settle applies a change of one image and raises its product's version, or
+// answers errNotFound if there was nothing to change.
+func (s *store) settle(ctx context.Context, productID int64, apply func(tx querier) (changed int64, err error)) (version int64, err error) {
+	err = s.InTx(ctx, func(tx querier) error {
+		if err := queryRow(ctx, tx, []any{&version}, lockProduct, productID); err != nil {
+			return err
+		}
+		n, err := apply(tx)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return errNotFound
+		}
+		version++
+		_, err = tx.Exec(ctx, `UPDATE products SET version = $2, updated_at = $3 WHERE id = $1`, productID, version, s.now())
+		return err
+	})
+	return version, err
+}
+
+// deletingTime is how long the deletion of an object may take before another
+// instance tries it.
+const deletingTime = 5 * time.Minute
+
+const claimGarbage = `
+UPDATE garbage SET deleting = true, delete_at = $2
+WHERE object_key IN (SELECT object_key FROM garbage WHERE delete_at <= $1 ORDER BY delete_at LIMIT $3 FOR UPDATE SKIP LOCKED)
+RETURNING object_key`
+
+// CollectGarbage deletes up to limit objects that are due, and answers how many
+// there were. remove must answer within deletingTime, and may be called for an
+// object twice.
+func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx context.Context, key string) error) (int, error) {
+	now := s.now()
+	until := now.Add(deletingTime)
+	scanKey := func(r rows) (key string, err error) { err = r.Scan(&key); return key, err }
+	keys, err := changed(ctx, s, scanKey, claimGarbage, now, until, limit)
+	if err != nil {
+		return 0, wrap("claim garbage", err)
+	}
+	for _, key := range keys {
+		if err := remove(ctx, key); err != nil {
+			return len(keys), fmt.Errorf("delete object %s: %w", key, err)
+		}
+		_, err := s.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND deleting AND delete_at = $2`, key, until)
+		if err != nil {
+			return len(keys), wrap("forget garbage", err)
+		}
+	}
+	return len(keys), nil
+}
+
+// wrap says what went wrong, if anything did.
+func wrap(doing string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}

@@ -1,0 +1,309 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+func TestStoreDispatchesEachJobOnce(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a", "b", "c")
+		jobs := publishDue(t, s)
+		if len(jobs) != 3 || jobs[0].ProductID != p.ID || jobs[0].RequestID != "req-1" {
+			t.Fatalf("dispatched %+v", jobs)
+		}
+		if again := publishDue(t, s); len(again) != 0 {
+			t.Errorf("dispatched again: %v", again)
+		}
+		if n, err := s.RequeuePublished(t.Context(), time.Hour); err != nil || n != 0 {
+			t.Errorf("%d were requeued long before an hour was over, %v", n, err)
+		}
+		finish(t, s, jobs[0], "object")
+		if n, err := s.RequeuePublished(t.Context(), 0); err != nil || n != 2 {
+			t.Errorf("%d unfinished jobs were requeued, want 2, %v", n, err)
+		}
+		if again := publishDue(t, s); len(again) != 2 {
+			t.Errorf("after the broker lost them %v were dispatched, want 2", again)
+		}
+	})
+}
+
+func TestStoreConcurrentDispatchersShareTheWork(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		const products = 50
+		for range products {
+			create(t, s, "a", "b")
+		}
+		var mu sync.Mutex
+		times := make(map[int64]int)
+		var group sync.WaitGroup
+		for range 4 {
+			group.Go(func() {
+				for {
+					n, err := s.DispatchDue(t.Context(), 7, func(_ context.Context, jobs []Job) ([]Job, error) {
+						mu.Lock()
+						defer mu.Unlock()
+						for _, job := range jobs {
+							times[job.ID]++
+						}
+						return nil, nil
+					})
+					if err != nil {
+						t.Error(err)
+					}
+					if n == 0 || err != nil {
+						return
+					}
+				}
+			})
+		}
+		group.Wait()
+		if len(times) != 2*products {
+			t.Errorf("%d jobs were dispatched, want %d", len(times), 2*products)
+		}
+		for id, n := range times {
+			if n != 1 {
+				t.Errorf("job %d was dispatched %d times", id, n)
+			}
+		}
+	})
+}
+
+func TestStoreDispatchesAgainWhatTheBrokerDidNotTake(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		create(t, s, "a", "b")
+		var refused []Job
+		_, err := s.DispatchDue(t.Context(), 10, func(_ context.Context, jobs []Job) ([]Job, error) {
+			refused = jobs[:1]
+			return refused, nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		advance(s, 2*refusedDelay)
+		if again := publishDue(t, s); !slices.Equal(again, refused) {
+			t.Errorf("dispatched again: %v, want %v", again, refused)
+		}
+
+		broken := errors.New("broken")
+		create(t, s, "c")
+		if _, err := s.DispatchDue(t.Context(), 10, func(context.Context, []Job) ([]Job, error) { return nil, broken }); !errors.Is(err, broken) {
+			t.Errorf("a failed publish: %v", err)
+		}
+		advance(s, 2*refusedDelay)
+		if again := publishDue(t, s); len(again) != 1 {
+			t.Errorf("after a failed publish %v were dispatched again, want 1", again)
+		}
+	})
+}
+
+func TestStoreDispatchesAgainWhatADeadDispatcherHadClaimed(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		create(t, s, "a")
+		if _, err := changed(t.Context(), s, scanJob, claimDue, s.now(), s.now().Add(leaseTime), int64(1), 10); err != nil {
+			t.Fatal(err) // a claim whose process is killed here
+		}
+		if jobs := publishDue(t, s); len(jobs) != 0 {
+			t.Errorf("dispatched during the lease: %v", jobs)
+		}
+		advance(s, leaseTime+time.Second)
+		if jobs := publishDue(t, s); len(jobs) != 1 {
+			t.Errorf("dispatched after the lease: %v, want 1", jobs)
+		}
+	})
+}
+
+func TestStoreSettlesAnImageOnce(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		job := publishDue(t, s)[0]
+		if version := finish(t, s, job, "first"); version != 2 {
+			t.Errorf("version %d after the first image of a new product", version)
+		}
+		_, err := s.SettleReady(t.Context(), job, Image{Key: "second"})
+		if !errors.Is(err, errNotFound) {
+			t.Errorf("settled a second time: %v", err)
+		}
+		why := permanent("http_404", "404 Not Found")
+		if _, err := s.SettleFailed(t.Context(), job, failure{imageError: why, Attempt: 1}); !errors.Is(err, errNotFound) {
+			t.Errorf("failed after it was ready: %v", err)
+		}
+		got, _ := s.Product(t.Context(), p.ID)
+		if image := got.Images[0]; got.Version != 2 || image.Status != imageReady || image.Key != "first" ||
+			image.Width != 20 || image.Height != 10 || image.Bytes != 500 || image.SourceBytes != 900 {
+			t.Errorf("the product is now %+v", got)
+		}
+		advance(s, 2*garbageGrace)
+		if keys := collectGarbage(t, s); len(keys) != 0 {
+			t.Errorf("objects in use would be deleted: %v", keys)
+		}
+	})
+}
+
+func TestStoreDropsTheResultOfAnImageNobodyWants(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "old")
+		job := publishDue(t, s)[0]
+		if err := s.ReserveObject(t.Context(), job.ID, "late"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.UpdateProduct(t.Context(), p.ID, origin{}, always, setSources("new")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.SettleReady(t.Context(), job, Image{Key: "late"}); !errors.Is(err, errNotFound) {
+			t.Errorf("settled an image that was replaced: %v", err)
+		}
+		if err := s.ReserveObject(t.Context(), job.ID, "later"); !errors.Is(err, errNotFound) {
+			t.Errorf("reserved an object for it: %v", err)
+		}
+		got, _ := s.Product(t.Context(), p.ID)
+		if got.Version != 2 || got.Images[0].Status != imagePending || got.Images[0].Source != "new" {
+			t.Errorf("the newer data was overwritten: %+v", got)
+		}
+		advance(s, 2*garbageGrace)
+		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"late"}) {
+			t.Errorf("objects to delete: %v, want the late upload", keys)
+		}
+	})
+}
+
+func TestStoreUploadsAgainWhatWasCollectedTooSoon(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		create(t, s, "a")
+		job := publishDue(t, s)[0]
+		if err := s.ReserveObject(t.Context(), job.ID, "key"); err != nil {
+			t.Fatal(err)
+		}
+		advance(s, 2*garbageGrace)
+		_, err := s.CollectGarbage(t.Context(), 10, func(ctx context.Context, key string) error {
+			if err := s.ReserveObject(ctx, job.ID, key); !errors.Is(err, errObjectBusy) {
+				t.Errorf("reserved while it is being deleted: %v", err)
+			}
+			if _, err := s.SettleReady(ctx, job, Image{Key: key}); !errors.Is(err, errReservationLost) {
+				t.Errorf("settled while it is being deleted: %v", err)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.SettleReady(t.Context(), job, Image{Key: "key"}); !errors.Is(err, errReservationLost) {
+			t.Errorf("settled after it was deleted: %v", err)
+		}
+		finish(t, s, job, "key")
+	})
+}
+
+func TestStoreCollectsGarbageUntilStorageHasTakenIt(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		finish(t, s, publishDue(t, s)[0], "key")
+		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
+			t.Fatal(err)
+		}
+		away := errors.New("storage is away")
+		if _, err := s.CollectGarbage(t.Context(), 10, func(context.Context, string) error { return away }); !errors.Is(err, away) {
+			t.Errorf("a failed deletion: %v", err)
+		}
+		if keys := collectGarbage(t, s); len(keys) != 0 {
+			t.Errorf("tried again at once: %v", keys)
+		}
+		advance(s, 2*deletingTime)
+		if keys := collectGarbage(t, s); len(keys) != 1 {
+			t.Errorf("tried again later: %v, want 1", keys)
+		}
+		advance(s, 2*deletingTime)
+		if keys := collectGarbage(t, s); len(keys) != 0 {
+			t.Errorf("deleted twice: %v", keys)
+		}
+	})
+}
+
+func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		job := publishDue(t, s)[0]
+		why := transient("http_503", "503 Service Unavailable")
+		retry := failure{imageError: why, Attempt: 1, Duration: 40 * time.Millisecond, RetryAt: s.now().Add(time.Minute)}
+		if version, err := s.SettleFailed(t.Context(), job, retry); err != nil || version != 2 {
+			t.Fatalf("first failure: version %d, %v", version, err)
+		}
+		if _, err := s.SettleFailed(t.Context(), job, retry); !errors.Is(err, errNotFound) {
+			t.Errorf("the same failure was counted twice: %v", err)
+		}
+		got, _ := s.Product(t.Context(), p.ID)
+		if image := got.Images[0]; image.Status != imagePending || image.Attempts != 1 || image.ErrorCode != "http_503" {
+			t.Errorf("after the first failure: %+v", image)
+		}
+		if jobs := publishDue(t, s); len(jobs) != 0 {
+			t.Errorf("due before its time: %v", jobs)
+		}
+		advance(s, 2*time.Minute)
+		if jobs := publishDue(t, s); len(jobs) != 1 {
+			t.Fatalf("not due at its time: %v", jobs)
+		}
+		if _, err := s.SettleFailed(t.Context(), job, failure{imageError: why, Attempt: 2}); err != nil {
+			t.Fatal(err)
+		}
+
+		letters, err := s.DeadLetters(t.Context(), 0, 10)
+		if err != nil || len(letters) != 1 || letters[0].ID != job.ID || letters[0].ProductID != p.ID || letters[0].Attempts != 2 {
+			t.Fatalf("dead letters: %+v, %v", letters, err)
+		}
+		letter, err := s.DeadLetter(t.Context(), job.ID)
+		if err != nil || len(letter.History) != 2 || letter.History[0].Duration != 40*time.Millisecond || letter.History[1].Code != "http_503" {
+			t.Errorf("the dead letter: %+v, %v", letter, err)
+		}
+		if product, version, err := s.ReplayDead(t.Context(), job.ID); err != nil || product != p.ID || version != 4 {
+			t.Errorf("replay: product %d, version %d, %v", product, version, err)
+		}
+		if _, _, err := s.ReplayDead(t.Context(), job.ID); !errors.Is(err, errNotFound) {
+			t.Errorf("second replay: %v", err)
+		}
+		if jobs := publishDue(t, s); len(jobs) != 1 {
+			t.Errorf("dispatched after the replay: %v", jobs)
+		}
+		if image, err := s.PendingImage(t.Context(), job.ID); err != nil || image.Attempts != 0 || image.ErrorCode != "" {
+			t.Errorf("after the replay: %+v, %v", image, err)
+		}
+	})
+}
+
+func TestStoreDiscardsDeadLetters(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		job := publishDue(t, s)[0]
+		if err := s.DiscardDead(t.Context(), job.ID); !errors.Is(err, errNotFound) {
+			t.Errorf("discarded a pending image: %v", err)
+		}
+		if _, err := s.MarkDead(t.Context(), job, time.Now(), permanent("poison", "the worker died")); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.DiscardDead(t.Context(), job.ID); err != nil {
+			t.Fatal(err)
+		}
+		if letters, err := s.DeadLetters(t.Context(), 0, 10); err != nil || len(letters) != 0 {
+			t.Errorf("still listed: %v, %v", letters, err)
+		}
+		if _, _, err := s.ReplayDead(t.Context(), job.ID); !errors.Is(err, errNotFound) {
+			t.Errorf("replayed: %v", err)
+		}
+		if got, _ := s.Product(t.Context(), p.ID); got.Images[0].Status != imageFailed {
+			t.Errorf("the product's image: %+v", got.Images[0])
+		}
+	})
+}

@@ -1,0 +1,251 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// The limits of a product's fields, in characters and images.
+const (
+	maxNameLength        = 200
+	maxDescriptionLength = 10_000
+	maxImages            = 20
+)
+
+// fieldError is one thing that is wrong with a request's values.
+type fieldError struct {
+	Field  string `json:"field"`
+	Detail string `json:"detail"`
+}
+
+// invalidInput is all that is wrong with a request's values.
+type invalidInput []fieldError
+
+func (e invalidInput) Error() string { return fmt.Sprintf("invalid input: %v", []fieldError(e)) }
+
+// badJSON is a body that is not the JSON object that was asked for.
+type badJSON struct {
+	detail string
+	fields []fieldError
+}
+
+func (e *badJSON) Error() string { return e.detail }
+
+// parseObject takes a JSON object apart. It is strict where encoding/json is
+// lenient and a client's mistake would go unseen: invalid UTF-8, a name that
+// stands twice (anywhere in the body), and anything behind the object are errors.
+func parseObject(body []byte) (map[string]json.RawMessage, error) {
+	if !utf8.Valid(body) {
+		return nil, &badJSON{detail: "the body is not valid UTF-8"}
+	}
+	if err := checkNames(body); err != nil {
+		return nil, err
+	}
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal(body, &object); err != nil || object == nil {
+		return nil, &badJSON{detail: "the body must be a JSON object"}
+	}
+	return object, nil
+}
+
+// checkNames reads body as one JSON value, in which no object has two members
+// of one name.
+func checkNames(body []byte) error {
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.UseNumber()
+	if err := checkValue(d, 0); err != nil {
+		return err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return &badJSON{detail: "the body goes on behind its JSON object"}
+	}
+	return nil
+}
+
+// maxDepth is far more than any body of ours has, and far less than the stack.
+const maxDepth = 32
+
+func checkValue(d *json.Decoder, depth int) error {
+	token, err := d.Token()
+	if err != nil {
+		return &badJSON{detail: "the body is not valid JSON: " + jsonErrorText(err)}
+	}
+	delim, nested := token.(json.Delim)
+	if !nested {
+		return nil
+	}
+	if depth == maxDepth {
+		return &badJSON{detail: "the body is nested too deeply"}
+	}
+	names := make(map[string]bool)
+	for d.More() {
+		if delim == '{' {
+			name, err := d.Token()
+			if err != nil {
+				return &badJSON{detail: "the body is not valid JSON: " + jsonErrorText(err)}
+			}
+			if text := name.(string); names[text] {
+				return &badJSON{detail: fmt.Sprintf("the body has the field %q twice", text)}
+			}
+			names[name.(string)] = true
+		}
+		if err := checkValue(d, depth+1); err != nil {
+			return err
+		}
+	}
+	if _, err := d.Token(); err != nil {
+		return &badJSON{detail: "the body is not valid JSON: " + jsonErrorText(err)}
+	}
+	return nil
+}
+
+func jsonErrorText(err error) string {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return "it ends too soon"
+	}
+	return strings.TrimPrefix(err.Error(), "json: ")
+}
+
+// productInput collects what is wrong with a product's fields while it reads
+// them.
+type productInput struct {
+	object map[string]json.RawMessage
+	errors invalidInput
+}
+
+// readProductInput takes apart the body of a request that may set the given
+// fields and no others.
+func readProductInput(body []byte, fields ...string) (*productInput, error) {
+	object, err := parseObject(body)
+	if err != nil {
+		return nil, err
+	}
+	var unknown []fieldError
+	for _, name := range slices.Sorted(maps.Keys(object)) {
+		if !slices.Contains(fields, name) {
+			unknown = append(unknown, fieldError{name, "is not a field that can be set here"})
+		}
+	}
+	if unknown != nil {
+		return nil, &badJSON{detail: "the body has a field that cannot be set: " + unknown[0].Field, fields: unknown}
+	}
+	return &productInput{object: object}, nil
+}
+
+// err is the error of all fields that were found wrong, or nil.
+func (in *productInput) err() error {
+	if in.errors == nil {
+		return nil
+	}
+	return in.errors
+}
+
+func (in *productInput) wrong(field, format string, args ...any) {
+	in.errors = append(in.errors, fieldError{field, fmt.Sprintf(format, args...)})
+}
+
+// setting answers the JSON of a field that is to be set. A field may be absent
+// or null; if it is required, null is an error.
+func (in *productInput) setting(field string, required bool) (value json.RawMessage, null, ok bool) {
+	value, ok = in.object[field]
+	null = ok && string(value) == "null"
+	if null && required {
+		in.wrong(field, "must not be null")
+		return nil, false, false
+	}
+	return value, null, ok
+}
+
+// require reports the fields that are absent.
+func (in *productInput) require(fields ...string) {
+	for _, field := range fields {
+		if _, ok := in.object[field]; !ok {
+			in.wrong(field, "is required")
+		}
+	}
+}
+
+// userID reads the field user_id.
+func (in *productInput) userID() (id int64) {
+	value, _, ok := in.setting("user_id", true)
+	if ok && (json.Unmarshal(value, &id) != nil || id <= 0) {
+		in.wrong("user_id", "must be the id of a user, a whole number above 0")
+	}
+	return id
+}
+
+// apply sets p's writable fields to those that the body has. Null sets an
+// optional field to its default, as in a merge patch (RFC 7396).
+func (in *productInput) apply(p *Product) {
+	if value, _, ok := in.setting("product_name", true); ok {
+		in.text("product_name", value, &p.Name, 1, maxNameLength)
+	}
+	if value, null, ok := in.setting("product_description", false); null {
+		p.Description = ""
+	} else if ok {
+		in.text("product_description", value, &p.Description, 0, maxDescriptionLength)
+	}
+	if value, _, ok := in.setting("product_price", true); ok {
+		if err := p.Price.UnmarshalJSON(value); err != nil {
+			in.wrong("product_price", "%v", err)
+		}
+	}
+	if value, null, ok := in.setting("product_images", false); null {
+		p.Images = nil
+	} else if ok {
+		p.Images = in.images(value)
+	}
+}
+
+// text reads a string of min to max characters, which PostgreSQL must be able
+// to hold: NUL it cannot.
+func (in *productInput) text(field string, value json.RawMessage, to *string, min, max int) {
+	var text string
+	if json.Unmarshal(value, &text) != nil {
+		in.wrong(field, "must be a string")
+		return
+	}
+	switch n := utf8.RuneCountInString(text); {
+	case n < min:
+		in.wrong(field, "must not be empty")
+	case n > max:
+		in.wrong(field, "must have at most %d characters, has %d", max, n)
+	case strings.Contains(text, "\x00"):
+		in.wrong(field, "must not contain the character NUL")
+	}
+	*to = text
+}
+
+// images reads the list of image sources.
+func (in *productInput) images(value json.RawMessage) []Image {
+	var items []json.RawMessage
+	if json.Unmarshal(value, &items) != nil {
+		in.wrong("product_images", "must be a list of URLs")
+		return nil
+	}
+	if len(items) > maxImages {
+		in.wrong("product_images", "must have at most %d URLs, has %d", maxImages, len(items))
+		return nil
+	}
+	images := make([]Image, len(items))
+	for n, item := range items {
+		field := fmt.Sprintf("product_images[%d]", n)
+		var source *string
+		if json.Unmarshal(item, &source) != nil || source == nil {
+			in.wrong(field, "must be a string")
+			continue
+		}
+		if problem := checkImageURL(*source); problem != "" {
+			in.wrong(field, "%s", problem)
+		}
+		images[n] = Image{Position: n, Source: *source}
+	}
+	return images
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// productFilter says which products a list holds, in which order, and where
+// its page begins.
+type productFilter struct {
+	UserID   *int64
+	Name     string // substring, in any case; "" is no filter
+	MinPrice *Price
+	MaxPrice *Price
+	Sort     sortOrder
+	Limit    int
+	After    *cursor // the last product of the page before
+}
+
+// sortOrder is the sort parameter: a key, with "-" before it for descending.
+type sortOrder string
+
+const defaultSort sortOrder = "id"
+
+// sortColumns are the columns behind the sort keys.
+var sortColumns = map[string]string{
+	"id":            "id",
+	"product_price": "price_cents",
+	"created_at":    "created_at",
+	"product_name":  "product_name",
+}
+
+func (o sortOrder) key() string { return strings.TrimPrefix(string(o), "-") }
+
+func (o sortOrder) column() string { return sortColumns[o.key()] }
+
+func (o sortOrder) valid() bool { return o.column() != "" }
+
+func (o sortOrder) descending() bool { return strings.HasPrefix(string(o), "-") }
+
+// cursor marks a place in a list: after the product ID with the sort key Key.
+// A client gets it as an opaque string and may use it with the same sort only.
+type cursor struct {
+	Sort sortOrder       `json:"s"`
+	Key  json.RawMessage `json:"k,omitempty"`
+	ID   int64           `json:"i"`
+}
+
+var errCursor = errors.New("is not a cursor of this list")
+
+// cursorAfter marks the place after p.
+func cursorAfter(p Product, sort sortOrder) *cursor {
+	c := cursor{Sort: sort, ID: p.ID}
+	switch sort.key() {
+	case "product_price":
+		c.Key, _ = json.Marshal(int64(p.Price))
+	case "created_at":
+		c.Key, _ = json.Marshal(p.CreatedAt.UnixMilli())
+	case "product_name":
+		c.Key, _ = json.Marshal(p.Name)
+	}
+	return &c
+}
+
+// value is the cursor's key as the database compares it.
+func (c *cursor) value() (any, error) {
+	var number int64
+	var text string
+	switch c.Sort.key() {
+	case "product_price":
+		return number, json.Unmarshal(c.Key, &number)
+	case "created_at":
+		err := json.Unmarshal(c.Key, &number)
+		return time.UnixMilli(number).UTC(), err
+	default:
+		return text, json.Unmarshal(c.Key, &text)
+	}
+}
+
+// id is the id to go on after, from the beginning if there is no cursor.
+func (c *cursor) id() int64 {
+	if c == nil {
+		return 0
+	}
+	return c.ID
+}
+
+func (c *cursor) String() string {
+	data, _ := json.Marshal(c)
+	return base64.RawURLEncoding.EncodeToString(data)
+}
+
+// parseCursor reads what String wrote, for a list with the given sort.
+func parseCursor(s string, sort sortOrder) (*cursor, error) {
+	var c cursor
+	data, err := base64.RawURLEncoding.DecodeString(s)
+	if err != nil || json.Unmarshal(data, &c) != nil || c.Sort != sort || c.ID <= 0 {
+		return nil, errCursor
+	}
+	if sort.key() == "id" {
+		return &c, nil
+	}
+	value, err := c.value()
+	if text, isText := value.(string); err != nil || isText && strings.Contains(text, "\x00") {
+		return nil, errCursor
+	}
+	return &c, nil
+}
+
+// Products reads one page of a list. The page is found by keyset, which costs
+// the same however far the list has been read.
+func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error) {
+	sql, args, err := f.sql()
+	if err != nil {
+		return nil, err
+	}
+	r, err := s.QueryOnce(ctx, sql, args...)
+	products, err := scanProducts(r, err)
+	if err != nil {
+		return nil, fmt.Errorf("list products: %w", err)
+	}
+	return products, nil
+}
+
+// sql puts the query together. Values go in as parameters, but the limit, which
+// is a number, stands in the text, where the planner sees it.
+func (f productFilter) sql() (string, []any, error) {
+	var where []string
+	var args []any
+	add := func(condition string, values ...any) {
+		for _, value := range values {
+			args = append(args, value)
+			condition = strings.Replace(condition, "?", fmt.Sprintf("$%d", len(args)), 1)
+		}
+		where = append(where, condition)
+	}
+	if f.UserID != nil {
+		add("user_id = ?", *f.UserID)
+	}
+	if f.Name != "" {
+		add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
+	}
+	if f.MinPrice != nil {
+		add("price_cents >= ?", int64(*f.MinPrice))
+	}
+	if f.MaxPrice != nil {
+		add("price_cents <= ?", int64(*f.MaxPrice))
+	}
+	column, direction, beyond := f.Sort.column(), "ASC", ">"
+	if f.Sort.descending() {
+		direction, beyond = "DESC", "<"
+	}
+	if f.After != nil && column == "id" {
+		add("id "+beyond+" ?", f.After.ID)
+	} else if f.After != nil {
+		value, err := f.After.value()
+		if err != nil {
+			return "", nil, err
+		}
+		add("("+column+", id) "+beyond+" (?, ?)", value, f.After.ID)
+	}
+	filter := ""
+	if len(where) > 0 {
+		filter = "WHERE " + strings.Join(where, " AND ")
+	}
+	order := func(table string) string {
+		if column == "id" {
+			return table + "id " + direction
+		}
+		return table + column + " " + direction + ", " + table + "id " + direction
+	}
+	return fmt.Sprintf(`
+SELECT %s
+FROM (SELECT * FROM products %s ORDER BY %s LIMIT %d) p LEFT JOIN images i ON i.product_id = p.id
+ORDER BY %s, i.position`, productColumns, filter, order(""), f.Limit, order("p.")), args, nil
+}
+
+// likeEscaper makes LIKE take a text literally.
+var likeEscaper = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)

@@ -1,0 +1,300 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"regexp"
+	"runtime/debug"
+	"strconv"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+// observe surrounds every request: it gives it an id, counts and logs it, and
+// answers for handlers that panic and for paths that no route has.
+func (s *server) observe(mux http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		from := readOrigin(r)
+		header := w.Header()
+		header["X-Request-Id"] = []string{from.RequestID}
+		header["X-Content-Type-Options"] = headerNosniff
+		if from.Traceparent != "" {
+			header["Traceparent"] = []string{from.Traceparent}
+		}
+		rec := &recorder{ResponseWriter: w}
+		r = r.WithContext(context.WithValue(r.Context(), originKey{}, from))
+		defer s.finish(rec, r, start)
+		mux.ServeHTTP(rec, r)
+		if rec.unrouted != 0 {
+			s.renderError(rec, r, &httpError{rec.unrouted, unroutedDetail(rec.unrouted, r)})
+		}
+	})
+}
+
+// finish runs when a request's handler has returned or panicked.
+func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
+	if value := recover(); value != nil {
+		if value == http.ErrAbortHandler {
+			panic(value)
+		}
+		s.log.LogAttrs(r.Context(), slog.LevelError, "panic in a handler",
+			slog.String("request_id", originOf(r).RequestID), slog.Any("err", value), slog.String("stack", string(debug.Stack())))
+		if rec.status == 0 {
+			s.renderError(rec, r, errors.New("panic"))
+		}
+	}
+	duration := time.Since(start)
+	if rec.route == nil {
+		rec.route = unrouted
+	}
+	rec.route.count(rec.status, duration)
+	s.logRequest(rec, r, duration)
+}
+
+func (s *server) logRequest(rec *recorder, r *http.Request, duration time.Duration) {
+	level := slog.LevelInfo
+	if rec.route.quiet {
+		level = slog.LevelDebug
+	}
+	if !s.log.Enabled(r.Context(), level) {
+		return
+	}
+	from := originOf(r)
+	attrs := [8]slog.Attr{
+		slog.String("request_id", from.RequestID),
+		slog.String("method", r.Method),
+		slog.String("path", r.URL.Path),
+		slog.Int("status", rec.status),
+		slog.Int64("bytes", rec.bytes),
+		slog.Float64("duration", duration.Seconds()),
+		slog.String("remote", r.RemoteAddr),
+	}
+	n := 7
+	if from.Traceparent != "" {
+		attrs[n] = slog.String("traceparent", from.Traceparent)
+		n++
+	}
+	s.log.LogAttrs(r.Context(), level, "request", attrs[:n]...)
+}
+
+// recorder notes what a handler answers. Until a route has been found it keeps
+// the router's own plain-text errors back, for observe to render.
+type recorder struct {
+	http.ResponseWriter
+	route    *routeStats
+	status   int
+	bytes    int64
+	unrouted int // the status with which the router refused the request
+}
+
+func (rec *recorder) WriteHeader(status int) {
+	if rec.route == nil && status >= 400 && rec.unrouted == 0 {
+		rec.unrouted = status
+		return
+	}
+	if rec.status == 0 && status >= 200 {
+		rec.status = status
+	}
+	rec.ResponseWriter.WriteHeader(status)
+}
+
+func (rec *recorder) Write(data []byte) (int, error) {
+	if rec.unrouted != 0 && rec.status == 0 {
+		return len(data), nil
+	}
+	if rec.status == 0 {
+		rec.status = http.StatusOK
+	}
+	n, err := rec.ResponseWriter.Write(data)
+	rec.bytes += int64(n)
+	return n, err
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (rec *recorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
+
+func unroutedDetail(status int, r *http.Request) string {
+	if status == http.StatusMethodNotAllowed {
+		return fmt.Sprintf("%s is not allowed here", r.Method)
+	}
+	return "there is nothing at this path"
+}
+
+// route registers one route: who may call it, and how its errors are rendered.
+func (s *server) route(mux *http.ServeMux, pattern string, access access, h handler) {
+	stats := newRouteStats(pattern)
+	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		w.(*recorder).route = stats
+		r, err := s.authenticate(r, access)
+		if err == nil {
+			err = h(w, r)
+		}
+		if err != nil {
+			s.renderError(w, r, err)
+		}
+	})
+}
+
+// routeStats are the metrics of one route.
+type routeStats struct {
+	quiet    bool // asked every few seconds by machines: logged at level debug
+	statuses [6]*metrics.Counter
+	duration *metrics.PrometheusHistogram
+}
+
+// durationBuckets reach from a cached read to a request that times out.
+var durationBuckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+
+// unrouted counts the requests that no route took.
+var unrouted = newRouteStats("none")
+
+func newRouteStats(pattern string) *routeStats {
+	stats := &routeStats{
+		quiet:    pattern == "GET /healthz" || pattern == "GET /readyz" || pattern == "GET /metrics",
+		duration: metrics.GetOrCreatePrometheusHistogramExt(fmt.Sprintf(`http_request_duration_seconds{route=%q}`, pattern), durationBuckets),
+	}
+	for class := 1; class <= 5; class++ {
+		stats.statuses[class] = metrics.GetOrCreateCounter(fmt.Sprintf(`http_requests_total{route=%q,code="%dxx"}`, pattern, class))
+	}
+	return stats
+}
+
+func (rs *routeStats) count(status int, duration time.Duration) {
+	if class := status / 100; class >= 1 && class <= 5 {
+		rs.statuses[class].Inc()
+	}
+	rs.duration.Update(duration.Seconds())
+}
+
+// originKey is the context key of a request's origin.
+type originKey struct{}
+
+func originOf(r *http.Request) origin {
+	from, _ := r.Context().Value(originKey{}).(origin)
+	return from
+}
+
+// traceparent is the header of W3C Trace Context, version 00 and, since later
+// ones must begin alike, any other.
+var traceparent = regexp.MustCompile(`^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$`)
+
+// readOrigin takes over the client's request id if it is sane, else makes one.
+func readOrigin(r *http.Request) origin {
+	var from origin
+	if ids := r.Header["X-Request-Id"]; len(ids) == 1 && isRequestID(ids[0]) {
+		from.RequestID = ids[0]
+	} else {
+		from.RequestID = newRequestID()
+	}
+	if parents := r.Header["Traceparent"]; len(parents) == 1 && traceparent.MatchString(parents[0]) {
+		from.Traceparent = parents[0]
+	}
+	return from
+}
+
+// newRequestID makes an id of 64 random bits. It is no secret.
+func newRequestID() string {
+	const digits = 16
+	id := strconv.AppendUint(make([]byte, 0, digits), rand.Uint64()|1<<63, 16)
+	return string(id)
+}
+
+// isRequestID says whether an id is safe to log and to pass on.
+func isRequestID(id string) bool {
+	for i := range len(id) {
+		c := id[i]
+		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' ||
+			c == '-' || c == '_' || c == '.' || c == ':' || c == '/' || c == '+' || c == '=') {
+			return false
+		}
+	}
+	return id != "" && len(id) <= 128
+}
+
+// isPrintable says whether s has 1 to max bytes of printable ASCII.
+func isPrintable(s string, max int) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return s != "" && len(s) <= max
+}
+
+// httpError is an error with the status and detail of its answer.
+type httpError struct {
+	status int
+	detail string
+}
+
+func (e *httpError) Error() string { return e.detail }
+
+// problem is an error as clients read it (RFC 9457). Its type is about:blank:
+// the status says all that a program needs to know.
+type problem struct {
+	Type      string       `json:"type"`
+	Title     string       `json:"title"`
+	Status    int          `json:"status"`
+	Detail    string       `json:"detail"`
+	RequestID string       `json:"request_id"`
+	Errors    []fieldError `json:"errors,omitempty"`
+}
+
+// renderError answers with err. This is the one place where errors become
+// statuses; what has none is a 500, logged and kept from the client.
+func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) {
+	from := originOf(r)
+	p := problemOf(err)
+	switch p.Status {
+	case http.StatusInternalServerError:
+		s.log.LogAttrs(r.Context(), slog.LevelError, "request failed", slog.String("request_id", from.RequestID), slog.Any("err", err))
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", "1")
+		s.log.LogAttrs(r.Context(), slog.LevelWarn, "request refused", slog.String("request_id", from.RequestID), slog.Any("err", err))
+	case http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", `Bearer realm="pms"`)
+	}
+	p.Type, p.Title, p.RequestID = "about:blank", http.StatusText(p.Status), from.RequestID
+	body := encodeJSON(p)
+	header := w.Header()
+	header.Del("Etag")
+	header.Del("Cache-Control")
+	header.Set("Content-Type", "application/problem+json")
+	header.Set("Content-Length", strconv.Itoa(len(body)))
+	if rec, ok := w.(*recorder); ok && rec.unrouted != 0 {
+		rec.route = unrouted
+	}
+	w.WriteHeader(p.Status)
+	w.Write(body)
+}
+
+func problemOf(err error) problem {
+	var plain *httpError
+	var syntax *badJSON
+	var invalid invalidInput
+	switch {
+	case errors.As(err, &plain):
+		return problem{Status: plain.status, Detail: plain.detail}
+	case errors.As(err, &syntax):
+		return problem{Status: http.StatusBadRequest, Detail: syntax.detail, Errors: syntax.fields}
+	case errors.As(err, &invalid):
+		return problem{Status: http.StatusUnprocessableEntity, Detail: "some values are invalid, see errors", Errors: invalid}
+	case errors.Is(err, errUnknownUser):
+		return problemOf(invalidInput{{"user_id", "there is no such user"}})
+	case errors.Is(err, errKeyReused):
+		return problem{Status: http.StatusUnprocessableEntity, Detail: "the Idempotency-Key was used with another body"}
+	case errors.Is(err, errNotFound):
+		return problem{Status: http.StatusNotFound, Detail: "there is no such resource"}
+	case errors.Is(err, errStale):
+		return problem{Status: http.StatusPreconditionFailed, Detail: "the product has changed: its version is not the one in If-Match"}
+	case errors.Is(err, errUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return problem{Status: http.StatusServiceUnavailable, Detail: "the service cannot do this right now, try again"}
+	}
+	return problem{Status: http.StatusInternalServerError, Detail: "something went wrong here"}
+}

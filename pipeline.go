@@ -1,0 +1,382 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
+)
+
+// consumer hands out jobs, up to prefetch at once, until ctx ends. What it has
+// handed out by then can still be settled.
+type consumer interface {
+	Consume(ctx context.Context, prefetch int, out chan<- Delivery) error
+}
+
+// blobs keeps the compressed images.
+type blobs interface {
+	// Put stores an object; storing the same once more changes nothing.
+	Put(ctx context.Context, key, contentType string, data []byte) error
+	// Delete deletes an object; that there is none is no error.
+	Delete(ctx context.Context, key string) error
+}
+
+// imageSettings are the IMAGE_ and RETRY_ settings as the pipeline needs them.
+type imageSettings struct {
+	Workers       int
+	Memory        int64
+	MaxPixels     int64
+	MaxSide       int
+	Quality       int
+	RetryAttempts int
+	RetryBase     time.Duration
+}
+
+// maxRetryDelay caps the backoff between the tries of an image.
+const maxRetryDelay = 5 * time.Minute
+
+// pipeline takes images through its stages, each with workers of its own and a
+// channel without a buffer to the next: download → admit → decode → compress →
+// upload → settle. A failure of an image travels with it to the last stage, the only one
+// that writes down what has become of it and lets go of the delivery.
+type pipeline struct {
+	imageSettings
+	store      *store
+	queue      consumer
+	blobs      blobs
+	fetch      func(ctx context.Context, url string) ([]byte, error)
+	invalidate func(productID, version int64) // a product has changed
+	memory     *semaphore.Weighted            // bytes that decoded images hold
+	log        *slog.Logger
+}
+
+// How many images a worker of the CPU-bound stages keeps busy in the others,
+// where an image waits for the network.
+const (
+	downloadsPerWorker = 4
+	uploadsPerWorker   = 2
+)
+
+// work is one image on its way through the pipeline.
+type work struct {
+	delivery Delivery
+	log      *slog.Logger
+	started  time.Time
+	image    Image
+	source   []byte
+	header   imageHeader
+	decoded  *decodedImage
+	held     int64 // bytes of pipeline.memory
+	out      compressedImage
+	err      error // why the stages that follow have nothing to do
+}
+
+// Run processes images until stop ends, and then those that it has in hand.
+// What is not finished when ctx ends goes back to the queue unharmed.
+func (p *pipeline) Run(ctx, stop context.Context) error {
+	downloads, uploads := p.Workers*downloadsPerWorker, p.Workers*uploadsPerWorker
+	deliveries := make(chan Delivery)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		defer close(deliveries)
+		return p.queue.Consume(stop, downloads+1+2*p.Workers+2*uploads, deliveries)
+	})
+	received := stage(group, downloads, deliveries, func(d Delivery) *work { return p.download(ctx, d) })
+	processors := startProcessors(group, p.Workers)
+	admitted := stage(group, 1, received, p.step("admit", ctx, p.admit)) // one, so that a large image is not passed by small ones
+	decoded := stage(group, p.Workers, admitted, p.step("decode", ctx, processors.run(p.decode)))
+	compressed := stage(group, p.Workers, decoded, p.step("compress", ctx, processors.run(p.compress)))
+	uploaded := stage(group, uploads, compressed, p.step("upload", ctx, p.upload))
+	settled := stage(group, uploads, uploaded, func(w *work) *work { p.settle(ctx, w); return w })
+	group.Go(func() error {
+		defer close(processors)
+		for range settled {
+		}
+		return nil
+	})
+	return group.Wait()
+}
+
+// processors run what needs a CPU rather than the network, at most so many at
+// once as there are: on threads of their own, which step back for the rest of
+// the program. An API in the same process stays quick while images are made.
+type processors chan func()
+
+func startProcessors(group *errgroup.Group, n int) processors {
+	tasks := make(processors)
+	for range n {
+		group.Go(func() error {
+			lowerPriority()
+			for task := range tasks {
+				task()
+			}
+			return nil
+		})
+	}
+	return tasks
+}
+
+// run makes a step that runs on a processor.
+func (tasks processors) run(do func(context.Context, *work) error) func(context.Context, *work) error {
+	return func(ctx context.Context, w *work) (err error) {
+		done := make(chan struct{})
+		tasks <- func() {
+			defer close(done)
+			err = do(ctx, w)
+		}
+		<-done
+		return err
+	}
+}
+
+// stage runs n workers that take items from in through do. Its channel is
+// closed when in is closed and the last worker is done.
+func stage[In, Out any](group *errgroup.Group, n int, in <-chan In, do func(In) Out) <-chan Out {
+	out := make(chan Out)
+	var workers sync.WaitGroup
+	workers.Add(n)
+	for range n {
+		group.Go(func() error {
+			defer workers.Done()
+			for item := range in {
+				out <- do(item)
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		workers.Wait()
+		close(out)
+		return nil
+	})
+	return out
+}
+
+// step makes a stage's function of one that may fail: it leaves work alone that
+// has failed before, and measures the rest.
+func (p *pipeline) step(name string, ctx context.Context, do func(context.Context, *work) error) func(*work) *work {
+	duration := stageDuration(name)
+	return func(w *work) *work {
+		if w.err != nil {
+			return w
+		}
+		start := time.Now()
+		if err := do(ctx, w); err != nil {
+			w.log = w.log.With("stage", name)
+			w.err = err
+		}
+		duration.UpdateDuration(start)
+		return w
+	}
+}
+
+func stageDuration(name string) *metrics.PrometheusHistogram {
+	return metrics.GetOrCreatePrometheusHistogram(fmt.Sprintf(`pms_image_stage_duration_seconds{stage=%q}`, name))
+}
+
+// download is the first stage: it reads the job's row, which is the truth, and
+// fetches the image's source.
+func (p *pipeline) download(ctx context.Context, d Delivery) *work {
+	w := &work{delivery: d, started: time.Now(), log: p.log.With("job_id", d.Job.ID, "product_id", d.Job.ProductID)}
+	if d.Job.RequestID != "" {
+		w.log = w.log.With("request_id", d.Job.RequestID)
+	}
+	if d.Job.Traceparent != "" {
+		w.log = w.log.With("traceparent", d.Job.Traceparent)
+	}
+	w.log.Debug("image received")
+	return p.step("download", ctx, func(ctx context.Context, w *work) error {
+		err := p.persist(ctx, w, func() (err error) {
+			w.image, err = p.store.PendingImage(ctx, d.Job.ID)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		w.source, err = p.fetch(ctx, w.image.Source)
+		return err
+	})(w)
+}
+
+// admit waits until there is memory for the decoded image, which stays taken
+// until the image is compressed.
+func (p *pipeline) admit(ctx context.Context, w *work) (err error) {
+	if w.header, err = readImageHeader(w.source, p.MaxPixels); err != nil {
+		return err
+	}
+	cost := w.header.costAt(p.MaxSide)
+	if cost > p.Memory {
+		return permanent("too_much_memory", "decoding this image takes %d bytes, more than IMAGE_MEMORY (%d)", cost, p.Memory)
+	}
+	if err := p.memory.Acquire(ctx, cost); err != nil {
+		return err
+	}
+	w.held = cost
+	return nil
+}
+
+func (p *pipeline) decode(_ context.Context, w *work) (err error) {
+	if w.decoded, err = decodeImage(w.source, w.header); err != nil {
+		p.release(w)
+	}
+	return err
+}
+
+func (p *pipeline) compress(_ context.Context, w *work) (err error) {
+	defer p.release(w)
+	w.out, err = compressImage(w.decoded, w.source, p.MaxSide, p.Quality)
+	return err
+}
+
+// release gives the decoded image's memory back.
+func (p *pipeline) release(w *work) {
+	w.decoded = nil
+	p.memory.Release(w.held)
+	w.held = 0
+}
+
+// upload stores the compressed image under the key that it will have. The
+// reservation sees to it that nothing is left behind if the image is never
+// settled.
+func (p *pipeline) upload(ctx context.Context, w *work) error {
+	w.image.SourceBytes = int64(len(w.source))
+	w.source = nil
+	w.image.Width, w.image.Height, w.image.Bytes = w.out.Width, w.out.Height, int64(len(w.out.Data))
+	w.image.Key = blobKey(w.delivery.Job.ProductID, w.delivery.Job.ID, w.out.Data, w.out.Ext)
+	return p.storeObject(ctx, w)
+}
+
+func (p *pipeline) storeObject(ctx context.Context, w *work) error {
+	return p.persist(ctx, w, func() error {
+		if err := p.store.ReserveObject(ctx, w.image.ID, w.image.Key); err != nil {
+			return err
+		}
+		return p.blobs.Put(ctx, w.image.Key, w.out.ContentType, w.out.Data)
+	})
+}
+
+// settle writes down what has become of the image, and only then lets go of the
+// delivery: a crash before that has the image delivered again.
+func (p *pipeline) settle(ctx context.Context, w *work) {
+	var failed *imageError
+	switch {
+	case w.err == nil:
+		w.err = p.settleReady(ctx, w)
+	case errors.As(w.err, &failed):
+		w.err = p.settleFailed(ctx, w, failed)
+	}
+	var err error
+	switch {
+	case w.err == nil:
+		err = w.delivery.Ack()
+	case errors.Is(w.err, errNotFound):
+		w.log.Info("image no longer wanted")
+		err = w.delivery.Ack()
+	case errors.As(w.err, &failed):
+		err = w.delivery.Reject()
+	default:
+		w.log.Warn("image given back unfinished", "err", w.err)
+		err = w.delivery.Release()
+	}
+	if err != nil {
+		w.log.Warn("delivery not settled, the broker will deliver the image again", "err", err)
+	}
+}
+
+func (p *pipeline) settleReady(ctx context.Context, w *work) error {
+	var version int64
+	err := p.persist(ctx, w, func() (err error) {
+		version, err = p.store.SettleReady(ctx, w.delivery.Job, w.image)
+		if errors.Is(err, errReservationLost) {
+			err = errors.Join(p.storeObject(ctx, w), err)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	imagesReady.Inc()
+	p.invalidate(w.delivery.Job.ProductID, version)
+	w.log.Info("image ready", "attempt", w.image.Attempts+1, "duration", time.Since(w.started).Seconds(),
+		"width", w.image.Width, "height", w.image.Height, "bytes", w.image.Bytes, "source_bytes", w.image.SourceBytes)
+	return nil
+}
+
+// settleFailed answers the failure if the image is dead now, nil if it will be
+// tried again.
+func (p *pipeline) settleFailed(ctx context.Context, w *work, why *imageError) error {
+	f := failure{imageError: why, Attempt: w.image.Attempts + 1, Duration: time.Since(w.started)}
+	if !why.Permanent && f.Attempt < p.RetryAttempts {
+		f.RetryAt = p.store.now().Add(max(backoff(p.RetryBase, f.Attempt), why.RetryAfter))
+	}
+	var version int64
+	err := p.persist(ctx, w, func() (err error) {
+		version, err = p.store.SettleFailed(ctx, w.delivery.Job, f)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	p.invalidate(w.delivery.Job.ProductID, version)
+	if f.RetryAt.IsZero() {
+		imagesDead.Inc()
+		w.log.Warn("image dead", "attempt", f.Attempt, "duration", f.Duration.Seconds(), "source", w.image.Source, "code", why.Code, "err", why)
+		return why
+	}
+	imagesRetried.Inc()
+	w.log.Warn("image will be tried again", "attempt", f.Attempt, "duration", f.Duration.Seconds(), "source", w.image.Source,
+		"code", why.Code, "err", why, "retry_at", f.RetryAt)
+	return nil
+}
+
+var (
+	imagesReady   = metrics.NewCounter(`pms_images_total{result="ready"}`)
+	imagesRetried = metrics.NewCounter(`pms_images_total{result="retried"}`)
+	imagesDead    = metrics.NewCounter(`pms_images_total{result="dead"}`)
+)
+
+// backoff is how long to wait after the given number of failed tries: a random
+// time up to base doubled with each ("full jitter", AWS Architecture Blog,
+// "Exponential Backoff And Jitter").
+func backoff(base time.Duration, tries int) time.Duration {
+	limit := min(base<<min(tries-1, 30), maxRetryDelay)
+	if limit <= 0 { // base is so long that the shift overflowed
+		limit = maxRetryDelay
+	}
+	return rand.N(limit + 1)
+}
+
+// The wait between the tries of a step that fails through our own parts.
+const (
+	minPersistDelay = 100 * time.Millisecond
+	maxPersistDelay = 10 * time.Second
+)
+
+// persist does what needs the database or the storage until it succeeds: their
+// outages are not the image's fault and cost it no attempt. It gives up when ctx
+// ends, and at once when the image is no longer wanted.
+func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error {
+	delay := minPersistDelay
+	for {
+		err := do()
+		if err == nil || errors.Is(err, errNotFound) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", ctx.Err(), err)
+		}
+		w.log.Warn("waiting for the database or the storage", "retry_in", delay, "err", err)
+		select {
+		case <-time.After(delay):
+		case <-ctx.Done():
+		}
+		delay = min(2*delay, maxPersistDelay)
+	}
+}

@@ -1,0 +1,141 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+//go:embed schema.sql
+var postgresSchema string
+
+// postgres is the database of the store when DATABASE_URL is set.
+type postgres struct {
+	pool *pgxpool.Pool
+	pgQuerier
+}
+
+// openPostgres makes a pool that connects when it is first used, so that the
+// program starts while PostgreSQL is away. A bad URL is an error at once.
+func openPostgres(ctx context.Context, url string) (*postgres, error) {
+	config, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, err
+	}
+	config.ConnConfig.ConnectTimeout = 5 * time.Second
+	config.MaxConns = max(config.MaxConns, 8)
+	setDefault(config.ConnConfig.RuntimeParams, "application_name", "pms")
+	// A transaction of ours holds no lock while it waits for anything but
+	// PostgreSQL, so one that stays open is one whose client has died.
+	setDefault(config.ConnConfig.RuntimeParams, "idle_in_transaction_session_timeout", "30s")
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	return &postgres{pool: pool, pgQuerier: pgQuerier{pool}}, nil
+}
+
+func setDefault(params map[string]string, name, value string) {
+	if _, ok := params[name]; !ok {
+		params[name] = value
+	}
+}
+
+func (p *postgres) Close() { p.pool.Close() }
+
+func (p *postgres) Ping(ctx context.Context) error { return pgError(p.pool.Ping(ctx)) }
+
+// QueryOnce has PostgreSQL plan the query for its very arguments: a prepared
+// statement may settle on a generic plan, which knows neither how selective a
+// filter is nor how small a page.
+func (p *postgres) QueryOnce(ctx context.Context, sql string, args ...any) (rows, error) {
+	return p.Query(ctx, sql, append([]any{pgx.QueryExecModeCacheDescribe}, args...)...)
+}
+
+func (p *postgres) InTx(ctx context.Context, do func(querier) error) error {
+	tx, err := p.pool.Begin(ctx)
+	if err != nil {
+		return pgError(err)
+	}
+	defer tx.Rollback(context.WithoutCancel(ctx)) // a no-op after the commit
+	if err := do(pgQuerier{tx}); err != nil {
+		return err
+	}
+	return pgError(tx.Commit(ctx))
+}
+
+// migrationLock is the advisory lock under which one instance at a time looks
+// at the schema's version. Any number would do that nobody else uses.
+const migrationLock = 0x706d73 // "pms"
+
+// Migrate brings the schema to schemaVersion, creating it in an empty database.
+func (p *postgres) Migrate(ctx context.Context) error {
+	return p.InTx(ctx, func(tx querier) error {
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, migrationLock); err != nil {
+			return err
+		}
+		return migrate(ctx, tx, func() error {
+			_, err := tx.(pgQuerier).conn.Exec(ctx, postgresSchema, pgx.QueryExecModeSimpleProtocol)
+			return pgError(err)
+		})
+	})
+}
+
+// pgQuerier is a pool or a transaction in the store's words.
+type pgQuerier struct {
+	conn interface {
+		Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+		Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	}
+}
+
+func (q pgQuerier) Exec(ctx context.Context, sql string, args ...any) (int64, error) {
+	tag, err := q.conn.Exec(ctx, sql, args...)
+	return tag.RowsAffected(), pgError(err)
+}
+
+func (q pgQuerier) Query(ctx context.Context, sql string, args ...any) (rows, error) {
+	r, err := q.conn.Query(ctx, sql, args...)
+	if err != nil {
+		return nil, pgError(err)
+	}
+	return pgRows{r}, nil
+}
+
+type pgRows struct{ pgx.Rows }
+
+func (r pgRows) Err() error { return pgError(r.Rows.Err()) }
+
+// foreignKeyViolation is PostgreSQL's code for a row that refers to none
+// (manual, appendix A). The only such reference that a client can get wrong is
+// a product's user.
+const foreignKeyViolation = "23503"
+
+// pgError puts what pgx reports into the store's words. Whatever is not an
+// error in our SQL is an outage: the network's, or a server that starts, stops,
+// has no room, does not let us in, or has no schema yet.
+func pgError(err error) error {
+	var pgErr *pgconn.PgError
+	switch {
+	case err == nil, errors.Is(err, context.Canceled), errors.Is(err, pgx.ErrNoRows):
+		return err
+	case !errors.As(err, &pgErr):
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	case pgErr.Code == foreignKeyViolation:
+		return errUnknownUser
+	}
+	switch pgErr.Code[:2] {
+	case "08", "25", "28", "3D", "40", "53", "55", "57", "58": // by class, in the order of the appendix
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+	if pgErr.Code == "42P01" { // undefined_table: nobody has migrated yet
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+	return err
+}

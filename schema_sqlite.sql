@@ -1,0 +1,99 @@
+-- The embedded default's schema: schema.sql in SQLite's terms; what each table
+-- is for is said there. Text sorts by code point (SQLite's BINARY collation);
+-- times are text of fixed width in UTC, so they sort as they are.
+
+CREATE TABLE users (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    name       TEXT NOT NULL,
+    email      TEXT NOT NULL UNIQUE,
+    created_at TIMESTAMP NOT NULL
+);
+
+INSERT INTO users (id, name, email, created_at)
+VALUES (1, 'demo', 'demo@example.com', strftime('%Y-%m-%d %H:%M:%f', 'now'));
+
+CREATE TABLE tokens (
+    sha256     BLOB PRIMARY KEY,
+    user_id    INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
+    admin      BOOLEAN NOT NULL,
+    created_at TIMESTAMP NOT NULL
+);
+
+CREATE TABLE products (
+    id                  INTEGER PRIMARY KEY AUTOINCREMENT, -- an id is never used twice
+    user_id             INTEGER NOT NULL REFERENCES users,
+    product_name        TEXT NOT NULL,
+    name_folded         TEXT NOT NULL,
+    product_description TEXT NOT NULL,
+    price_cents         INTEGER NOT NULL CHECK (price_cents BETWEEN 0 AND 999999999999),
+    version             INTEGER NOT NULL DEFAULT 1,
+    created_at          TIMESTAMP NOT NULL,
+    updated_at          TIMESTAMP NOT NULL
+);
+
+CREATE INDEX products_price        ON products (price_cents, id);
+CREATE INDEX products_created      ON products (created_at, id);
+CREATE INDEX products_name         ON products (product_name, id);
+CREATE INDEX products_user         ON products (user_id, id);
+CREATE INDEX products_user_price   ON products (user_id, price_cents, id);
+CREATE INDEX products_user_created ON products (user_id, created_at, id);
+CREATE INDEX products_user_name    ON products (user_id, product_name, id);
+
+CREATE TABLE images (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    product_id   INTEGER NOT NULL REFERENCES products ON DELETE CASCADE,
+    position     INTEGER NOT NULL,
+    source       TEXT NOT NULL,
+    status       TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'ready', 'failed')),
+    attempts     INTEGER NOT NULL DEFAULT 0,
+    run_at       TIMESTAMP,
+    claim        INTEGER NOT NULL DEFAULT 0,
+    published_at TIMESTAMP,
+    failed_at    TIMESTAMP,
+    discarded_at TIMESTAMP,
+    error_code   TEXT NOT NULL DEFAULT '',
+    error_detail TEXT NOT NULL DEFAULT '',
+    object_key   TEXT NOT NULL DEFAULT '',
+    width        INTEGER NOT NULL DEFAULT 0,
+    height       INTEGER NOT NULL DEFAULT 0,
+    bytes        INTEGER NOT NULL DEFAULT 0,
+    source_bytes INTEGER NOT NULL DEFAULT 0,
+    request_id   TEXT NOT NULL DEFAULT '',
+    traceparent  TEXT NOT NULL DEFAULT ''
+);
+
+CREATE INDEX images_product   ON images (product_id, position);
+CREATE INDEX images_due       ON images (run_at) WHERE status = 'pending' AND run_at IS NOT NULL;
+CREATE INDEX images_published ON images (published_at) WHERE status = 'pending' AND run_at IS NULL;
+CREATE INDEX images_dead      ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;
+
+CREATE TABLE image_attempts (
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
+    image_id    INTEGER NOT NULL REFERENCES images ON DELETE CASCADE,
+    failed_at   TIMESTAMP NOT NULL,
+    duration_ms INTEGER NOT NULL,
+    code        TEXT NOT NULL,
+    detail      TEXT NOT NULL
+);
+
+CREATE INDEX image_attempts_image ON image_attempts (image_id, id);
+
+CREATE TABLE garbage (
+    object_key TEXT PRIMARY KEY,
+    delete_at  TIMESTAMP NOT NULL,
+    deleting   BOOLEAN NOT NULL DEFAULT false
+);
+
+CREATE INDEX garbage_due ON garbage (delete_at);
+
+CREATE TABLE idempotency_keys (
+    user_id     INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
+    key         TEXT NOT NULL,
+    fingerprint BLOB NOT NULL,
+    response    TEXT NOT NULL,
+    product_id  INTEGER NOT NULL,
+    created_at  TIMESTAMP NOT NULL,
+    PRIMARY KEY (user_id, key)
+);
+
+CREATE INDEX idempotency_keys_created ON idempotency_keys (created_at);

@@ -1,0 +1,416 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
+)
+
+// shutdownGrace is how long requests and images in hand have to finish after a
+// signal. It is less than the 30 s after which Kubernetes kills.
+const shutdownGrace = 25 * time.Second
+
+// The HTTP server's limits. WriteTimeout is longer than requestTimeout, so that
+// a slow database ends in an answer.
+const (
+	readHeaderTimeout = 5 * time.Second
+	readTimeout       = 30 * time.Second
+	writeTimeout      = 60 * time.Second
+	keepAliveTimeout  = 2 * time.Minute
+	maxRequestHeader  = 64 << 10
+)
+
+// queue carries jobs from the dispatcher to the pipelines. Run keeps it
+// connected until ctx ends.
+type queue interface {
+	jobSink
+	consumer
+	deadQueue
+	Run(ctx context.Context) error
+	Ping(ctx context.Context) error
+}
+
+// app is a running program, put together from the parts that its settings name.
+type app struct {
+	*program
+	name       string // of the command
+	store      *store
+	queue      queue
+	cache      *cache // nil: none
+	cacheName  string
+	blobs      blobs
+	media      *fileBlobs // blobs, if they are files
+	publicURL  string
+	objectURL  func(key string) string
+	parts      []part
+	dispatcher *dispatcher
+	janitor    *janitor
+	listener   net.Listener
+	migrated   chan struct{} // closed when the database has its schema
+}
+
+func serveCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
+	if _, err := parse(flags, args, 0); err != nil {
+		return err
+	}
+	name := flags.Name()
+	if missing := p.missingFor(name); missing != nil {
+		return usagef("%s runs beside other processes, so it needs %s to be set", name, strings.Join(missing, " and "))
+	}
+	a := &app{program: p, name: name, migrated: make(chan struct{})}
+	defer a.close()
+	if err := a.open(ctx); err != nil {
+		return err
+	}
+	return a.run(ctx)
+}
+
+// missingFor names the settings without which a command cannot work.
+func (p *program) missingFor(name string) (missing []string) {
+	if name == "serve" {
+		return nil
+	}
+	if p.DatabaseURL == "" {
+		missing = append(missing, "DATABASE_URL")
+	}
+	if p.AMQPURL == "" {
+		missing = append(missing, "AMQP_URL")
+	}
+	return missing
+}
+
+// open chooses the parts. Those that are servers connect when they run, so the
+// program starts while they are away.
+func (a *app) open(ctx context.Context) (err error) {
+	if a.name != "worker" {
+		if a.listener, err = net.Listen("tcp", a.ListenAddr); err != nil {
+			return err
+		}
+		a.publicURL = strings.TrimSuffix(a.PublicURL, "/")
+		if a.publicURL == "" {
+			a.publicURL = "http://" + a.listener.Addr().String()
+		}
+	}
+	if a.store, err = a.openStore(ctx); err != nil {
+		return err
+	}
+	a.openQueue()
+	blobsPing, err := a.openBlobs(ctx)
+	if err != nil {
+		return err
+	}
+	a.parts = []part{{"store", true, a.store.Ping}, {"queue", false, a.queue.Ping}, {"blobs", false, blobsPing}}
+	if err := a.openCache(); err != nil {
+		return err
+	}
+	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
+	a.janitor = newJanitor(a.store, a.blobs, a.queue, a.invalidate, a.log)
+	return nil
+}
+
+func (a *app) close() {
+	if a.listener != nil {
+		a.listener.Close()
+	}
+	if a.media != nil {
+		a.media.Close()
+	}
+	if a.store != nil {
+		a.store.Close()
+	}
+}
+
+func (p *program) openStore(ctx context.Context) (*store, error) {
+	if p.DatabaseURL != "" {
+		db, err := openPostgres(ctx, p.DatabaseURL)
+		if err != nil {
+			return nil, fmt.Errorf("open PostgreSQL: %w", err)
+		}
+		return newStore(db), nil
+	}
+	db, err := openSQLite(p.DataDir)
+	if err != nil {
+		return nil, fmt.Errorf("open the database in %s: %w", p.DataDir, err)
+	}
+	return newStore(db), nil
+}
+
+// openQueue makes a queue that, should it have to begin empty, gets the jobs
+// that were in it.
+func (a *app) openQueue() {
+	refill := func(ctx context.Context) (int64, error) { return a.store.RequeuePublished(ctx, 0) }
+	if a.AMQPURL != "" {
+		a.queue = newRabbitQueue(a.AMQPURL, refill, a.log)
+	} else {
+		a.queue = newEmbeddedQueue(refill, a.log)
+	}
+}
+
+func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, err error) {
+	if a.S3Bucket != "" {
+		s3, err := newS3Blobs(ctx, a.S3Bucket, a.S3PublicURL, a.getenv)
+		if err != nil {
+			return nil, fmt.Errorf("open S3: %w", err)
+		}
+		a.blobs, a.objectURL = s3, s3.URL
+		return s3.Ping, nil
+	}
+	files, err := newFileBlobs(filepath.Join(a.DataDir, "media"), a.publicURL)
+	if err != nil {
+		return nil, fmt.Errorf("open the images in %s: %w", a.DataDir, err)
+	}
+	a.blobs, a.objectURL, a.media = files, files.URL, files
+	return files.Ping, nil
+}
+
+// openCache makes the cache that the settings name, if any. The one in the
+// process is for a process that is the only one to write.
+func (a *app) openCache() error {
+	reader := newProductLoader(a.store, encoder{a.objectURL})
+	switch {
+	case a.RedisURL == "off", a.RedisURL == "" && a.DatabaseURL != "":
+		a.cacheName = "none"
+	case a.RedisURL == "":
+		a.cacheName = "embedded"
+		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, memoryCacheBytes), a.CacheTTL, a.log)
+	default:
+		a.cacheName = "redis"
+		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.log)
+		if err != nil {
+			return err
+		}
+		a.cache = newCache(reader, redis, a.CacheTTL, a.log)
+		a.parts = append(a.parts, part{"cache", false, redis.Ping})
+	}
+	return nil
+}
+
+// invalidate tells the cache that a product has changed, and the janitor that
+// the change may have left an object behind.
+func (a *app) invalidate(id, version int64) {
+	if a.cache != nil {
+		a.cache.Invalidate(id, version)
+	}
+}
+
+// run runs the parts until a signal ends ctx or one of them fails. Then it stops
+// them in the order in which they need each other: what takes in work, and when
+// that has finished what it had in hand, what it worked with.
+func (a *app) run(ctx context.Context) error {
+	a.logStart()
+	backCtx, stopBack := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBack()
+	back, backCtx := errgroup.WithContext(backCtx)
+	back.Go(func() error { return a.migrate(backCtx) })
+	for _, run := range []func(context.Context) error{a.queue.Run, a.dispatcher.Run, a.janitor.Run, a.runCache} {
+		back.Go(func() error { return a.afterMigration(backCtx, run) })
+	}
+	front, frontCtx := errgroup.WithContext(ctx)
+	front.Go(func() error {
+		select {
+		case <-frontCtx.Done():
+			return nil
+		case <-backCtx.Done():
+			return context.Cause(backCtx)
+		}
+	})
+	if a.name != "worker" {
+		front.Go(func() error { return a.serveHTTP(frontCtx) })
+	}
+	if a.name != "api" {
+		front.Go(func() error {
+			return a.afterMigration(frontCtx, func(stop context.Context) error { return a.process(backCtx, stop) })
+		})
+	}
+	err := front.Wait()
+	stopBack()
+	if backErr := back.Wait(); err == nil {
+		err = backErr
+	}
+	if err == nil {
+		a.log.Info("stopped")
+	}
+	return err
+}
+
+// logStart says once what the program is made of.
+func (a *app) logStart() {
+	kind := func(url, server string) string {
+		if url == "" {
+			return "embedded"
+		}
+		return server
+	}
+	a.log.Info("starting", "command", a.name, "store", kind(a.DatabaseURL, "postgres"), "queue", kind(a.AMQPURL, "rabbitmq"),
+		"cache", a.cacheName, "blobs", kind(a.S3Bucket, "s3"), "auth", a.Auth)
+	if !a.Auth && a.listener != nil && !isLoopback(a.ListenAddr) {
+		a.log.Warn("authentication is off: whoever reaches the address may change everything", "addr", a.listener.Addr().String())
+	}
+	if a.FetchLimits.AllowPrivate {
+		a.log.Warn("images may be fetched from private addresses (IMAGE_ALLOW_PRIVATE)")
+	}
+}
+
+// migrateInterval is the wait between tries to reach a database that is away.
+const migrateInterval = time.Second
+
+// migrate brings the database to this program's schema as soon as it can be
+// reached. An error that waiting does not mend ends the program.
+func (a *app) migrate(ctx context.Context) error {
+	for said := false; ; said = true {
+		err := a.store.Migrate(ctx)
+		if err == nil {
+			close(a.migrated)
+			return nil
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !errors.Is(err, errUnavailable) {
+			return fmt.Errorf("prepare the database: %w", err)
+		}
+		if !said {
+			a.log.Warn("database is away, retrying", "err", err)
+		}
+		select {
+		case <-time.After(migrateInterval):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// afterMigration runs a part once there are tables to work with.
+func (a *app) afterMigration(ctx context.Context, run func(context.Context) error) error {
+	select {
+	case <-a.migrated:
+		return run(ctx)
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+func (a *app) runCache(ctx context.Context) error {
+	if a.cache == nil {
+		return nil
+	}
+	return a.cache.Run(ctx)
+}
+
+// process runs the image pipeline until stop ends, and lets it finish what it
+// has in hand within the grace period.
+func (a *app) process(ctx, stop context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(stop, func() { time.AfterFunc(shutdownGrace, cancel) })()
+	// The processors keep this many of Go's own busy; the others need theirs.
+	runtime.GOMAXPROCS(cpus + a.Image.Workers)
+	p := &pipeline{
+		imageSettings: a.Image,
+		store:         a.store,
+		queue:         a.queue,
+		blobs:         a.blobs,
+		fetch:         newFetcher(a.FetchLimits).Fetch,
+		invalidate:    a.invalidate,
+		memory:        semaphore.NewWeighted(a.Image.Memory),
+		log:           a.log,
+	}
+	return p.Run(ctx, stop)
+}
+
+// serveHTTP answers requests until ctx ends, and lets those in work finish
+// within the grace period.
+func (a *app) serveHTTP(ctx context.Context) error {
+	s := &server{
+		store:      a.store,
+		products:   a.reader(),
+		encoder:    encoder{a.objectURL},
+		wake:       a.dispatcher.Wake,
+		invalidate: func(id, version int64) { a.invalidate(id, version); a.janitor.CollectSoon() },
+		replayed:   a.janitor.SweepSoon,
+		parts:      a.parts,
+		authOn:     a.Auth,
+		log:        a.log,
+		stopping:   make(chan struct{}),
+	}
+	if a.media != nil {
+		s.media = a.media.serve
+	}
+	web := &http.Server{
+		Handler:           s.routes(),
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       keepAliveTimeout,
+		MaxHeaderBytes:    maxRequestHeader,
+		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- web.Serve(a.listener) }()
+	a.log.Info("listening", "addr", a.listener.Addr().String())
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve HTTP: %w", err)
+	case <-ctx.Done():
+	}
+	a.log.Info("stopping")
+	s.draining.Store(true)
+	close(s.stopping)
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+	defer cancel()
+	if err := web.Shutdown(grace); err != nil {
+		web.Close()
+		return fmt.Errorf("requests were still in work after %v: %w", shutdownGrace, err)
+	}
+	return nil
+}
+
+// reader is where product reads go.
+func (a *app) reader() productReader {
+	if a.cache != nil {
+		return a.cache
+	}
+	return newProductLoader(a.store, encoder{a.objectURL})
+}
+
+// withStore runs an operator's command on the database, which must be there.
+func (p *program) withStore(ctx context.Context, do func(*store) error) error {
+	db, err := p.openStore(ctx)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	if err := db.Migrate(ctx); err != nil {
+		return fmt.Errorf("prepare the database: %w", err)
+	}
+	return do(db)
+}
+
+// withInvalidation runs an operator's command that changes products, and tells
+// the running instances' caches what has changed.
+func (p *program) withInvalidation(ctx context.Context, do func(invalidate func(id, version int64)) error) error {
+	if p.RedisURL == "" || p.RedisURL == "off" {
+		return do(func(int64, int64) {})
+	}
+	redis, err := newRedisCache(p.RedisURL, p.CacheTTL, p.log)
+	if err != nil {
+		return err
+	}
+	cache := newCache(nil, redis, p.CacheTTL, p.log)
+	runCtx, stop := context.WithCancel(ctx)
+	ended := make(chan error, 1)
+	go func() { ended <- cache.Run(runCtx) }()
+	err = do(cache.Invalidate)
+	stop() // Run sends what is left
+	return errors.Join(err, <-ended)
+}

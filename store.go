@@ -1,0 +1,466 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// querier runs SQL in PostgreSQL's dialect, of which the store uses what SQLite
+// has too. postgres.go and embedded.go implement it, and turn driver errors into
+// the errors of product.go.
+type querier interface {
+	// Exec answers how many rows it changed.
+	Exec(ctx context.Context, sql string, args ...any) (int64, error)
+	Query(ctx context.Context, sql string, args ...any) (rows, error)
+}
+
+// database is a querier that has transactions. Outside of one it only reads, or
+// writes with a single statement.
+type database interface {
+	querier
+	// QueryOnce is Query for SQL that is put together for the occasion.
+	QueryOnce(ctx context.Context, sql string, args ...any) (rows, error)
+	// InTx commits what do has done if it returns nil, else nothing of it.
+	InTx(ctx context.Context, do func(tx querier) error) error
+	Migrate(ctx context.Context) error
+	Ping(ctx context.Context) error
+	Close()
+}
+
+// rows are a query's result. Close may be called more than once, Err is to be
+// asked after the last Next.
+type rows interface {
+	Next() bool
+	Scan(dest ...any) error
+	Err() error
+	Close()
+}
+
+// store keeps products, their images and everything else that must not be lost.
+//
+// Each method is one transaction. All of them lock a product before its images,
+// so that no two can wait for each other.
+type store struct {
+	database
+	now func() time.Time
+}
+
+func newStore(db database) *store {
+	return &store{database: db, now: func() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }}
+}
+
+// schemaVersion is what this program's schema files describe.
+const schemaVersion = 1
+
+// errSchemaNewer stops a program that is older than its database.
+var errSchemaNewer = errors.New("the database's schema is newer than this program: upgrade the program")
+
+// migrate creates the schema in an empty database and refuses one from the
+// future. The caller sees to it that one process at a time does this.
+func migrate(ctx context.Context, tx querier, create func() error) error {
+	if _, err := tx.Exec(ctx, `CREATE TABLE IF NOT EXISTS schema_version (version integer NOT NULL)`); err != nil {
+		return err
+	}
+	var version int
+	err := queryRow(ctx, tx, []any{&version}, `SELECT version FROM schema_version`)
+	switch {
+	case errors.Is(err, errNotFound):
+		if err := create(); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `INSERT INTO schema_version (version) VALUES ($1)`, schemaVersion)
+		return err
+	case err != nil:
+		return err
+	case version > schemaVersion:
+		return fmt.Errorf("%w (%d, this program knows %d)", errSchemaNewer, version, schemaVersion)
+	}
+	return nil
+}
+
+// queryRow scans the first row into dest, or answers errNotFound.
+func queryRow(ctx context.Context, q querier, dest []any, sql string, args ...any) error {
+	r, err := q.Query(ctx, sql, args...)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if !r.Next() {
+		if err := r.Err(); err != nil {
+			return err
+		}
+		return errNotFound
+	}
+	if err := r.Scan(dest...); err != nil {
+		return err
+	}
+	r.Close()
+	return r.Err()
+}
+
+// collect scans every row of a result.
+func collect[T any](r rows, err error, scan func(rows) (T, error)) ([]T, error) {
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	var all []T
+	for r.Next() {
+		one, err := scan(r)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, one)
+	}
+	return all, r.Err()
+}
+
+// changed runs an UPDATE in a transaction of its own and scans what it returns.
+func changed[T any](ctx context.Context, s *store, scan func(rows) (T, error), sql string, args ...any) (all []T, err error) {
+	err = s.InTx(ctx, func(tx querier) error {
+		r, err := tx.Query(ctx, sql, args...)
+		all, err = collect(r, err, scan)
+		return err
+	})
+	return all, err
+}
+
+// productColumns are those of a product p joined with one of its images i, if
+// it has any. The description comes with the first image only: it may be long.
+const productColumns = `p.id, p.user_id, p.product_name,
+	CASE WHEN coalesce(i.position, 0) = 0 THEN p.product_description ELSE '' END,
+	p.price_cents, p.version, p.created_at, p.updated_at, ` + imageColumns
+
+const imageColumns = `coalesce(i.id, 0), coalesce(i.position, 0), coalesce(i.source, ''), coalesce(i.status, ''),
+	coalesce(i.attempts, 0), coalesce(i.error_code, ''), coalesce(i.error_detail, ''), coalesce(i.object_key, ''),
+	coalesce(i.width, 0), coalesce(i.height, 0), coalesce(i.bytes, 0), coalesce(i.source_bytes, 0)`
+
+// scanTargets are where a row of productColumns goes.
+func scanTargets(p *Product, i *Image) []any {
+	return append([]any{&p.ID, &p.UserID, &p.Name, &p.Description, &p.Price, &p.Version, &p.CreatedAt, &p.UpdatedAt},
+		imageTargets(i)...)
+}
+
+func imageTargets(i *Image) []any {
+	return []any{&i.ID, &i.Position, &i.Source, &i.Status, &i.Attempts, &i.ErrorCode, &i.ErrorDetail, &i.Key,
+		&i.Width, &i.Height, &i.Bytes, &i.SourceBytes}
+}
+
+// scanProducts puts products together from rows of productColumns, in which a
+// product's images stand next to each other and in order.
+func scanProducts(r rows, err error) ([]Product, error) {
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	var products []Product
+	for r.Next() {
+		var p Product
+		var i Image
+		if err := r.Scan(scanTargets(&p, &i)...); err != nil {
+			return nil, err
+		}
+		if n := len(products); n == 0 || products[n-1].ID != p.ID {
+			p.CreatedAt, p.UpdatedAt = p.CreatedAt.UTC(), p.UpdatedAt.UTC()
+			products = append(products, p)
+		}
+		if i.ID != 0 {
+			last := &products[len(products)-1]
+			last.Images = append(last.Images, i)
+		}
+	}
+	return products, r.Err()
+}
+
+const selectProduct = `
+SELECT ` + productColumns + `
+FROM products p LEFT JOIN images i ON i.product_id = p.id
+WHERE p.id = $1
+ORDER BY i.position`
+
+// ProductsByID reads the products that there are of some ids.
+func (s *store) ProductsByID(ctx context.Context, ids []int64) ([]Product, error) {
+	r, err := s.Query(ctx, selectProducts, ids)
+	products, err := scanProducts(r, err)
+	return products, wrap("read products", err)
+}
+
+const selectProducts = `
+SELECT ` + productColumns + `
+FROM products p LEFT JOIN images i ON i.product_id = p.id
+WHERE p.id = ANY($1)
+ORDER BY p.id, i.position`
+
+// Product reads one product.
+func (s *store) Product(ctx context.Context, id int64) (Product, error) {
+	return product(ctx, s, id)
+}
+
+func product(ctx context.Context, q querier, id int64) (Product, error) {
+	r, err := q.Query(ctx, selectProduct, id)
+	products, err := scanProducts(r, err)
+	if err != nil {
+		return Product{}, fmt.Errorf("read product %d: %w", id, err)
+	}
+	if len(products) == 0 {
+		return Product{}, errNotFound
+	}
+	return products[0], nil
+}
+
+// origin is where a change came from: it goes with the images that it queues,
+// so that the pipeline's log lines name it.
+type origin struct {
+	RequestID   string
+	Traceparent string
+}
+
+const insertProduct = `
+INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at)
+VALUES ($1, $2, $3, $4, $5, $6, $6)
+RETURNING id`
+
+// CreateProduct stores a new product of p's user, name, description, price and
+// image sources, and queues the images. If once is not nil, it happens only
+// once: see idempotency.
+func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once *idempotency) (Product, error) {
+	now := s.now()
+	p.Version, p.CreatedAt, p.UpdatedAt = 1, now, now
+	err := s.InTx(ctx, func(tx querier) error {
+		if done, err := once.replay(ctx, tx, p.UserID, now); done || err != nil {
+			return err
+		}
+		err := queryRow(ctx, tx, []any{&p.ID}, insertProduct,
+			p.UserID, p.Name, foldCase(p.Name), p.Description, p.Price, now)
+		if err != nil {
+			return err
+		}
+		if err := insertImages(ctx, tx, p.ID, p.Images, from, now); err != nil {
+			return err
+		}
+		return once.record(ctx, tx, p)
+	})
+	if err != nil {
+		return Product{}, fmt.Errorf("create product: %w", err)
+	}
+	return p, nil
+}
+
+// insertImages queues new images of a product, due at once, and sets their ids.
+func insertImages(ctx context.Context, tx querier, productID int64, images []Image, from origin, now time.Time) error {
+	if len(images) == 0 {
+		return nil
+	}
+	sql := strings.Builder{}
+	sql.WriteString(`INSERT INTO images (product_id, run_at, request_id, traceparent, position, source) VALUES `)
+	args := []any{productID, now, from.RequestID, from.Traceparent}
+	for n, image := range images {
+		if n > 0 {
+			sql.WriteByte(',')
+		}
+		fmt.Fprintf(&sql, "($1,$2,$3,$4,$%d,$%d)", len(args)+1, len(args)+2)
+		args = append(args, image.Position, image.Source)
+	}
+	sql.WriteString(` RETURNING id, position`)
+	r, err := tx.Query(ctx, sql.String(), args...)
+	ids, err := collect(r, err, func(r rows) (Image, error) {
+		var i Image
+		err := r.Scan(&i.ID, &i.Position)
+		return i, err
+	})
+	if err != nil {
+		return err
+	}
+	for _, inserted := range ids {
+		for n := range images {
+			if images[n].Position == inserted.Position {
+				images[n].ID, images[n].Status = inserted.ID, imagePending
+			}
+		}
+	}
+	return nil
+}
+
+const lockProduct = `SELECT version FROM products WHERE id = $1 FOR UPDATE`
+
+const updateProduct = `
+UPDATE products
+SET product_name = $2, name_folded = $3, product_description = $4, price_cents = $5, version = $6, updated_at = $7
+WHERE id = $1`
+
+// UpdateProduct lets change alter the product's writable fields and stores the
+// result, unless nothing differs. allow, called first, says whether the product
+// may be changed as it is: its error ends the update.
+//
+// An image whose source stays keeps what it has; sources that are new are
+// queued; what is left over is dropped and its object deleted in time.
+func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow func(Product) error, change func(*Product)) (Product, error) {
+	var p Product
+	err := s.InTx(ctx, func(tx querier) error {
+		before, err := lockedProduct(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		if err := allow(before); err != nil {
+			return err
+		}
+		p = before
+		change(&p)
+		kept, added, dropped := matchImages(before.Images, p.Images)
+		if p.Name == before.Name && p.Description == before.Description && p.Price == before.Price &&
+			len(added) == 0 && len(dropped) == 0 && !moved(before.Images, kept) {
+			p = before
+			return nil
+		}
+		p.Version, p.UpdatedAt = before.Version+1, s.now()
+		if _, err := tx.Exec(ctx, updateProduct, id, p.Name, foldCase(p.Name), p.Description, p.Price, p.Version, p.UpdatedAt); err != nil {
+			return err
+		}
+		if err := dropImages(ctx, tx, dropped, p.UpdatedAt); err != nil {
+			return err
+		}
+		if err := moveImages(ctx, tx, before.Images, kept); err != nil {
+			return err
+		}
+		if err := insertImages(ctx, tx, id, added, from, p.UpdatedAt); err != nil {
+			return err
+		}
+		p.Images = inOrder(kept, added)
+		return nil
+	})
+	if err != nil {
+		return Product{}, fmt.Errorf("update product %d: %w", id, err)
+	}
+	return p, nil
+}
+
+// lockedProduct reads a product and keeps every other writer from it until the
+// transaction ends. The lock comes first: what is read after it is current.
+func lockedProduct(ctx context.Context, tx querier, id int64) (Product, error) {
+	var version int64
+	if err := queryRow(ctx, tx, []any{&version}, lockProduct, id); err != nil {
+		return Product{}, err
+	}
+	return product(ctx, tx, id)
+}
+
+// matchImages pairs the images that a product has with those that it is to
+// have, by source and in order: a source that stands twice is matched twice.
+// kept are the old images at their new positions.
+func matchImages(have, want []Image) (kept, added, dropped []Image) {
+	bySource := make(map[string][]Image)
+	for _, image := range have {
+		bySource[image.Source] = append(bySource[image.Source], image)
+	}
+	for position, image := range want {
+		if same := bySource[image.Source]; len(same) > 0 {
+			bySource[image.Source] = same[1:]
+			same[0].Position = position
+			kept = append(kept, same[0])
+		} else {
+			added = append(added, Image{Position: position, Source: image.Source})
+		}
+	}
+	for _, image := range have {
+		for _, left := range bySource[image.Source] {
+			if left.ID == image.ID {
+				dropped = append(dropped, image)
+			}
+		}
+	}
+	return kept, added, dropped
+}
+
+// moved says whether a kept image stands elsewhere than before.
+func moved(before, kept []Image) bool {
+	position := make(map[int64]int)
+	for _, image := range before {
+		position[image.ID] = image.Position
+	}
+	for _, image := range kept {
+		if position[image.ID] != image.Position {
+			return true
+		}
+	}
+	return false
+}
+
+func moveImages(ctx context.Context, tx querier, before, kept []Image) error {
+	if !moved(before, kept) {
+		return nil
+	}
+	for _, image := range kept {
+		if _, err := tx.Exec(ctx, `UPDATE images SET position = $2 WHERE id = $1`, image.ID, image.Position); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inOrder puts a product's images back into one list by position.
+func inOrder(kept, added []Image) []Image {
+	all := make([]Image, len(kept)+len(added))
+	for _, image := range kept {
+		all[image.Position] = image
+	}
+	for _, image := range added {
+		all[image.Position] = image
+	}
+	return all
+}
+
+// dropImages deletes image rows, and their objects in time. A worker that is
+// at one of them finds the row gone and its upload is deleted too.
+func dropImages(ctx context.Context, tx querier, dropped []Image, now time.Time) error {
+	for _, image := range dropped {
+		if image.Key != "" {
+			if err := discardObject(ctx, tx, image.Key, now); err != nil {
+				return err
+			}
+		}
+		if _, err := tx.Exec(ctx, `DELETE FROM images WHERE id = $1`, image.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// DeleteProduct deletes a product, and its objects in time. For allow see
+// UpdateProduct.
+func (s *store) DeleteProduct(ctx context.Context, id int64, allow func(Product) error) error {
+	err := s.InTx(ctx, func(tx querier) error {
+		p, err := lockedProduct(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		if err := allow(p); err != nil {
+			return err
+		}
+		if err := dropImages(ctx, tx, p.Images, s.now()); err != nil {
+			return err
+		}
+		_, err = tx.Exec(ctx, `DELETE FROM products WHERE id = $1`, id)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("delete product %d: %w", id, err)
+	}
+	return nil
+}
+
+// foldCase makes names comparable without regard to case, in any script: every
+// letter becomes the first of those that differ from it by case alone
+// (Unicode's simple folding, as regexp's (?i) does it).
+func foldCase(s string) string {
+	return strings.Map(func(r rune) rune {
+		first := r
+		for other := unicode.SimpleFold(r); other != r; other = unicode.SimpleFold(other) {
+			first = min(first, other)
+		}
+		return unicode.ToLower(first)
+	}, s)
+}

@@ -1,0 +1,603 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// eachStore runs a test over both databases: what holds for one must hold for
+// the other.
+func eachStore(t *testing.T, test func(t *testing.T, s *store)) {
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		db, err := openPostgres(t.Context(), testDatabase(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		test(t, migratedStore(t, db))
+	})
+	t.Run("sqlite", func(t *testing.T) {
+		t.Parallel()
+		db, err := openSQLite(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		test(t, migratedStore(t, db))
+	})
+}
+
+// migratedStore is a store whose database has the schema and user 1.
+func migratedStore(t *testing.T, db database) *store {
+	t.Helper()
+	t.Cleanup(db.Close)
+	s := newStore(db)
+	if err := s.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := db.(*postgres); ok {
+		addUser(t, s)
+	}
+	return s
+}
+
+func addUser(t *testing.T, s *store) int64 {
+	t.Helper()
+	id, err := s.AddUser(t.Context(), "Ann", fmt.Sprintf("ann%d@example.com", rand.Int64()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// create stores a product of user 1 with the given images.
+func create(t *testing.T, s *store, sources ...string) Product {
+	t.Helper()
+	p := Product{UserID: 1, Name: "Trail shoe", Description: "Light.", Price: 8990, Images: sourcesOf(sources...)}
+	p, err := s.CreateProduct(t.Context(), p, origin{RequestID: "req-1"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func sourcesOf(sources ...string) []Image {
+	images := make([]Image, len(sources))
+	for n, source := range sources {
+		images[n] = Image{Position: n, Source: source}
+	}
+	return images
+}
+
+func always(Product) error { return nil }
+
+func setSources(sources ...string) func(*Product) {
+	return func(p *Product) { p.Images = sourcesOf(sources...) }
+}
+
+// publishDue dispatches everything that is due and answers the jobs.
+func publishDue(t *testing.T, s *store) []Job {
+	t.Helper()
+	var all []Job
+	_, err := s.DispatchDue(t.Context(), 1000, func(_ context.Context, jobs []Job) ([]Job, error) {
+		all = append(all, jobs...)
+		return nil, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// finish has the image of a job made, as a worker would.
+func finish(t *testing.T, s *store, job Job, key string) int64 {
+	t.Helper()
+	if err := s.ReserveObject(t.Context(), job.ID, key); err != nil {
+		t.Fatal(err)
+	}
+	version, err := s.SettleReady(t.Context(), job, Image{Key: key, Width: 20, Height: 10, Bytes: 500, SourceBytes: 900})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return version
+}
+
+// collectGarbage answers the keys of the objects that are due for deletion.
+func collectGarbage(t *testing.T, s *store) []string {
+	t.Helper()
+	var keys []string
+	_, err := s.CollectGarbage(t.Context(), 1000, func(_ context.Context, key string) error {
+		keys = append(keys, key)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+// advance turns the store's clock forward.
+func advance(s *store, by time.Duration) {
+	now := s.now
+	s.now = func() time.Time { return now().Add(by) }
+}
+
+func TestStoreKeepsProductsAsTheyWere(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "https://a.example/1.jpg", "https://a.example/2.jpg", "https://a.example/1.jpg")
+		got, err := s.Product(t.Context(), p.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fmt.Sprint(got) != fmt.Sprint(p) {
+			t.Errorf("read\n%v, stored\n%v", got, p)
+		}
+		if got.Version != 1 || got.CreatedAt.IsZero() || !got.CreatedAt.Equal(got.UpdatedAt) {
+			t.Errorf("a new product has version %d, created %v, updated %v", got.Version, got.CreatedAt, got.UpdatedAt)
+		}
+		if _, err := s.Product(t.Context(), p.ID+1); !errors.Is(err, errNotFound) {
+			t.Errorf("reading a product that is not there: %v", err)
+		}
+	})
+}
+
+func TestStoreKeepsEveryAmountToTheCent(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		for _, price := range []Price{0, 1, 29, 8990, 450359962737, maxPrice} {
+			p, err := s.CreateProduct(t.Context(), Product{UserID: 1, Name: "x", Price: price}, origin{}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := s.Product(t.Context(), p.ID); err != nil || got.Price != price {
+				t.Errorf("stored %s, read %s, %v", price, got.Price, err)
+			}
+		}
+	})
+}
+
+func TestStoreRefusesProductsOfUnknownUsers(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		_, err := s.CreateProduct(t.Context(), Product{UserID: 4711, Name: "x", Images: sourcesOf("https://a.example/1")}, origin{}, nil)
+		if !errors.Is(err, errUnknownUser) {
+			t.Errorf("a product of an unknown user: %v", err)
+		}
+		if jobs := publishDue(t, s); len(jobs) != 0 {
+			t.Errorf("its images were queued all the same: %v", jobs)
+		}
+	})
+}
+
+func TestStoreSchemaIsCreatedOnceByManyInstances(t *testing.T) {
+	t.Parallel()
+	open := map[string]func(t *testing.T) func() (database, error){
+		"postgres": func(t *testing.T) func() (database, error) {
+			url := testDatabase(t)
+			return func() (database, error) { return openPostgres(t.Context(), url) }
+		},
+		"sqlite": func(t *testing.T) func() (database, error) {
+			dir := t.TempDir()
+			return func() (database, error) { return openSQLite(dir) }
+		},
+	}
+	for name, opener := range open {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			open := opener(t)
+			var group sync.WaitGroup
+			for range 10 {
+				group.Go(func() {
+					db, err := open()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					defer db.Close()
+					if err := db.Migrate(t.Context()); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			group.Wait()
+			db, err := open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer db.Close()
+			if _, err := db.Exec(t.Context(), `UPDATE schema_version SET version = $1`, schemaVersion+1); err != nil {
+				t.Fatal(err)
+			}
+			if err := db.Migrate(t.Context()); !errors.Is(err, errSchemaNewer) {
+				t.Errorf("a schema from the future: %v", err)
+			}
+		})
+	}
+}
+
+func TestStoreUpdateKeepsImagesWhoseSourceStays(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ before, after, queued, garbage string }{
+		"unchanged":              {"a b", "a b", "", ""},
+		"one more":               {"a", "a b", "b", ""},
+		"one less":               {"a b", "b", "", "a0"},
+		"none left":              {"a b", "", "", "a0 b1"},
+		"another order":          {"a b c", "c a b", "", ""},
+		"replaced":               {"a b", "a c", "c", "b1"},
+		"twice from once":        {"a", "a a", "a", ""},
+		"once from twice":        {"a a", "a", "", "a1"},
+		"twice stays twice":      {"a b a", "a a b", "", ""},
+		"all new":                {"a b", "c d", "c d", "a0 b1"},
+		"from none":              {"", "a", "a", ""},
+		"turned around and more": {"a b", "c b a", "c", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			eachStore(t, func(t *testing.T, s *store) {
+				p := create(t, s, strings.Fields(c.before)...)
+				for _, job := range publishDue(t, s) {
+					image, _ := s.PendingImage(t.Context(), job.ID)
+					finish(t, s, job, fmt.Sprintf("%s%d", image.Source, image.Position))
+				}
+				before, _ := s.Product(t.Context(), p.ID)
+				after, err := s.UpdateProduct(t.Context(), p.ID, origin{}, always, setSources(strings.Fields(c.after)...))
+				if err != nil {
+					t.Fatal(err)
+				}
+				read, _ := s.Product(t.Context(), p.ID)
+				if fmt.Sprint(read) != fmt.Sprint(after) {
+					t.Errorf("answered\n%v, stored\n%v", after, read)
+				}
+				if wantVersion := before.Version + 1; c.before == c.after && read.Version != before.Version || c.before != c.after && read.Version != wantVersion {
+					t.Errorf("version %d after %d", read.Version, before.Version)
+				}
+				var sources, queued []string
+				for n, image := range read.Images {
+					sources = append(sources, image.Source)
+					if image.Position != n {
+						t.Errorf("image %d stands at position %d", n, image.Position)
+					}
+					if image.Status == imagePending {
+						queued = append(queued, image.Source)
+					} else if image.Key[:1] != image.Source {
+						t.Errorf("source %s has the object %s", image.Source, image.Key)
+					}
+				}
+				if got := strings.Join(sources, " "); got != c.after {
+					t.Errorf("sources %q, want %q", got, c.after)
+				}
+				if got := strings.Join(queued, " "); got != c.queued {
+					t.Errorf("queued %q, want %q", got, c.queued)
+				}
+				if got := strings.Join(collectGarbage(t, s), " "); got != c.garbage {
+					t.Errorf("objects to delete: %q, want %q", got, c.garbage)
+				}
+			})
+		})
+	}
+}
+
+func TestStoreUpdateObeysItsCondition(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s)
+		refuse := func(Product) error { return errStale }
+		if _, err := s.UpdateProduct(t.Context(), p.ID, origin{}, refuse, setSources("x")); !errors.Is(err, errStale) {
+			t.Errorf("update: %v", err)
+		}
+		if err := s.DeleteProduct(t.Context(), p.ID, refuse); !errors.Is(err, errStale) {
+			t.Errorf("delete: %v", err)
+		}
+		if got, err := s.Product(t.Context(), p.ID); err != nil || got.Version != 1 {
+			t.Errorf("the product was changed: %v, %v", got, err)
+		}
+		if _, err := s.UpdateProduct(t.Context(), 4711, origin{}, always, setSources()); !errors.Is(err, errNotFound) {
+			t.Errorf("update of nothing: %v", err)
+		}
+	})
+}
+
+// Of writers that all start from the version they read, each version's change
+// must be made by one.
+func TestStoreConcurrentConditionalUpdatesLoseNothing(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s)
+		const writers, each = 8, 10
+		var group sync.WaitGroup
+		for range writers {
+			group.Go(func() {
+				for done := 0; done < each; {
+					before, err := s.Product(t.Context(), p.ID)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					_, err = s.UpdateProduct(t.Context(), p.ID, origin{},
+						func(now Product) error {
+							if now.Version != before.Version {
+								return errStale
+							}
+							return nil
+						},
+						func(p *Product) { p.Price = before.Price + 1 })
+					if err == nil {
+						done++
+					} else if !errors.Is(err, errStale) {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+		group.Wait()
+		got, _ := s.Product(t.Context(), p.ID)
+		if want := p.Price + writers*each; got.Price != want || got.Version != 1+writers*each {
+			t.Errorf("price %d and version %d after %d updates from %d", got.Price, got.Version, writers*each, p.Price)
+		}
+	})
+}
+
+func TestStoreDeleteLeavesNothing(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a", "b")
+		jobs := publishDue(t, s)
+		finish(t, s, jobs[0], "object")
+		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Product(t.Context(), p.ID); !errors.Is(err, errNotFound) {
+			t.Errorf("after its deletion: %v", err)
+		}
+		if err := s.DeleteProduct(t.Context(), p.ID, always); !errors.Is(err, errNotFound) {
+			t.Errorf("second deletion: %v", err)
+		}
+		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"object"}) {
+			t.Errorf("objects to delete: %v", keys)
+		}
+		if _, err := s.PendingImage(t.Context(), jobs[1].ID); !errors.Is(err, errNotFound) {
+			t.Errorf("its pending image: %v", err)
+		}
+	})
+}
+
+func TestStoreListsByEveryFilterAndSort(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		all := seedProducts(t, s, addUser(t, s))
+		for _, sort := range []sortOrder{"id", "-id", "product_price", "-product_price", "created_at", "-created_at", "product_name", "-product_name"} {
+			for name, f := range map[string]productFilter{
+				"everything":    {},
+				"user":          {UserID: new(int64(1))},
+				"unknown user":  {UserID: new(int64(99))},
+				"least price":   {MinPrice: new(Price(300))},
+				"most price":    {MaxPrice: new(Price(300))},
+				"one price":     {MinPrice: new(Price(300)), MaxPrice: new(Price(300))},
+				"no price":      {MinPrice: new(Price(301)), MaxPrice: new(Price(300))},
+				"name":          {Name: "shoe"},
+				"name in caps":  {Name: "SHOE"},
+				"name, greek":   {Name: "ΣΊΣΥΦΟΣ"},
+				"name, percent": {Name: "50%"},
+				"name, under":   {Name: "a_b"},
+				"name, slash":   {Name: `c\d`},
+				"name, nowhere": {Name: "zzz"},
+				"all of them":   {UserID: new(int64(1)), Name: "e", MinPrice: new(Price(100)), MaxPrice: new(Price(400))},
+			} {
+				f.Sort = sort
+				want := expectedList(all, f)
+				for _, limit := range []int{1, 3, 200} {
+					f.Limit = limit
+					if got := readPages(t, s, f); !slices.Equal(got, want) {
+						t.Errorf("%s by %s, %d a page:\n%v, want\n%v", name, sort, limit, got, want)
+					}
+				}
+			}
+		}
+	})
+}
+
+// seedProducts stores products with many equal sort keys and names that a
+// careless filter or collation gets wrong.
+func seedProducts(t *testing.T, s *store, otherUser int64) []Product {
+	t.Helper()
+	names := []string{"Trail shoe", "trail SHOE", "Zebra", "apple", "Äpfel", "50% off", "500 off", "a_b", "aXb", `c\d`, "Σίσυφος", "σίσυφος", "𝄞 clef", "\uffee halfwidth", "apple"}
+	clock := s.now()
+	s.now = func() time.Time { return clock }
+	var all []Product
+	for n, name := range names {
+		if n%3 == 0 {
+			clock = clock.Add(time.Millisecond)
+		}
+		user := int64(1)
+		if n%4 == 3 {
+			user = otherUser
+		}
+		p, err := s.CreateProduct(t.Context(), Product{UserID: user, Name: name, Price: Price(n%5) * 100, Images: sourcesOf("a", "b")[:n%3]}, origin{}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+// expectedList filters and sorts in plain Go what the store should list.
+func expectedList(all []Product, f productFilter) (ids []int64) {
+	var kept []Product
+	for _, p := range all {
+		if (f.UserID == nil || p.UserID == *f.UserID) &&
+			(f.MinPrice == nil || p.Price >= *f.MinPrice) && (f.MaxPrice == nil || p.Price <= *f.MaxPrice) &&
+			strings.Contains(strings.ToLower(strings.ToUpper(p.Name)), strings.ToLower(strings.ToUpper(f.Name))) {
+			kept = append(kept, p)
+		}
+	}
+	slices.SortFunc(kept, func(a, b Product) int {
+		order := 0
+		switch f.Sort.key() {
+		case "product_price":
+			order = int(a.Price - b.Price)
+		case "created_at":
+			order = a.CreatedAt.Compare(b.CreatedAt)
+		case "product_name":
+			order = slices.Compare([]rune(a.Name), []rune(b.Name))
+		}
+		if order == 0 {
+			order = int(a.ID - b.ID)
+		}
+		if f.Sort.descending() {
+			order = -order
+		}
+		return order
+	})
+	for _, p := range kept {
+		ids = append(ids, p.ID)
+	}
+	return ids
+}
+
+// readPages reads a list from page to page, over the cursor's text form.
+func readPages(t *testing.T, s *store, f productFilter) (ids []int64) {
+	t.Helper()
+	for {
+		page, err := s.Products(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range page {
+			ids = append(ids, p.ID)
+			if whole, err := s.Product(t.Context(), p.ID); err != nil || fmt.Sprint(whole) != fmt.Sprint(p) {
+				t.Fatalf("listed\n%v, stored\n%v, %v", p, whole, err)
+			}
+		}
+		if len(page) < f.Limit {
+			return ids
+		}
+		if f.After, err = parseCursor(cursorAfter(page[len(page)-1], f.Sort).String(), f.Sort); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestStoreIdempotencyKeys(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		other := addUser(t, s)
+		post := func(user int64, key, body string) (Product, *idempotency, error) {
+			once := &idempotency{Key: key, Fingerprint: []byte(body), Render: func(p Product) []byte {
+				data, _ := json.Marshal(p.ID)
+				return data
+			}}
+			p, err := s.CreateProduct(t.Context(), Product{UserID: user, Name: body}, origin{}, once)
+			return p, once, err
+		}
+		first, once, err := post(1, "k", "body")
+		if err != nil || once.Answer != nil {
+			t.Fatalf("first: %v, %q", err, once.Answer)
+		}
+		if _, once, err := post(1, "k", "body"); err != nil || string(once.Answer) != fmt.Sprint(first.ID) || once.ProductID != first.ID {
+			t.Errorf("again: %q, product %d, %v", once.Answer, once.ProductID, err)
+		}
+		if _, _, err := post(1, "k", "another"); !errors.Is(err, errKeyReused) {
+			t.Errorf("another body: %v", err)
+		}
+		if p, once, err := post(other, "k", "body"); err != nil || once.Answer != nil || p.ID == first.ID {
+			t.Errorf("another user: %v, %v", p, err)
+		}
+		if _, _, err := post(4711, "k", "body"); !errors.Is(err, errUnknownUser) {
+			t.Errorf("an unknown user: %v", err)
+		}
+		advance(s, idempotencyTime+time.Second)
+		if err := s.ForgetIdempotencyKeys(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if p, once, err := post(1, "k", "body"); err != nil || once.Answer != nil || p.ID == first.ID {
+			t.Errorf("after a day: %v, %v", p, err)
+		}
+	})
+}
+
+func TestStoreIdempotencyHoldsForRequestsAtOnce(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		var mu sync.Mutex
+		answers := make(map[int64]int)
+		var group sync.WaitGroup
+		for range 16 {
+			group.Go(func() {
+				once := &idempotency{Key: "k", Fingerprint: []byte("f"), Render: func(p Product) []byte { return []byte("x") }}
+				p, err := s.CreateProduct(t.Context(), Product{UserID: 1, Name: "x"}, origin{}, once)
+				if err != nil {
+					t.Error(err)
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				answers[max(p.ID, once.ProductID)]++
+			})
+		}
+		group.Wait()
+		if len(answers) != 1 {
+			t.Errorf("16 requests with one key made the products %v", answers)
+		}
+	})
+}
+
+func TestStoreTokens(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		token, err := s.CreateToken(t.Context(), caller{UserID: 1, Admin: true})
+		if err != nil || !strings.HasPrefix(token, tokenPrefix) || len(token) != len(tokenPrefix)+43 {
+			t.Fatalf("token %q, %v", token, err)
+		}
+		if who, err := s.TokenCaller(t.Context(), token); err != nil || who != (caller{1, true}) {
+			t.Errorf("its caller: %v, %v", who, err)
+		}
+		if _, err := s.TokenCaller(t.Context(), token+"x"); !errors.Is(err, errNotFound) {
+			t.Errorf("a wrong token: %v", err)
+		}
+		if _, err := s.CreateToken(t.Context(), caller{UserID: 4711}); !errors.Is(err, errUnknownUser) {
+			t.Errorf("a token of an unknown user: %v", err)
+		}
+		if _, err := s.AddUser(t.Context(), "Bob", "bob@example.com"); err != nil {
+			t.Error(err)
+		}
+		if _, err := s.AddUser(t.Context(), "Bob", "bob@example.com"); !errors.Is(err, errEmailTaken) {
+			t.Errorf("the same email twice: %v", err)
+		}
+	})
+}
+
+func TestStoreSaysWhenTheDatabaseIsAway(t *testing.T) {
+	t.Parallel()
+	server := startPostgres(t)
+	db, err := openPostgres(t.Context(), server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := migratedStore(t, db)
+	p := create(t, s, "a")
+	server.Kill(t)
+	if _, err := s.Product(t.Context(), p.ID); !errors.Is(err, errUnavailable) {
+		t.Errorf("read from a killed server: %v", err)
+	}
+	server.Start(t)
+	if got, err := s.Product(t.Context(), p.ID); err != nil || fmt.Sprint(got) != fmt.Sprint(p) {
+		t.Errorf("after the restart: %v, %v", got, err)
+	}
+	server.Freeze(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := s.Product(ctx, p.ID); !errors.Is(err, errUnavailable) {
+		t.Errorf("read from a hung server: %v", err)
+	}
+	server.Thaw(t)
+}
