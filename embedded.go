@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/ncruces/go-sqlite3"
 	"github.com/ncruces/go-sqlite3/driver"
@@ -102,7 +103,29 @@ func (s *sqlite) InTx(ctx context.Context, do func(querier) error) error {
 
 // Migrate brings the schema to schemaVersion, creating it in an empty database.
 // The transaction is immediate, so that of several processes one does it.
+//
+// It tries again while the database is locked: the first process to open a new
+// database turns it to WAL, which busy_timeout does not make the others wait for.
 func (s *sqlite) Migrate(ctx context.Context) error {
+	deadline := time.Now().Add(migrateTimeout)
+	for {
+		err := s.migrate(ctx)
+		if !errors.Is(err, errUnavailable) || ctx.Err() != nil || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-time.After(migratePause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+const (
+	migratePause   = 20 * time.Millisecond
+	migrateTimeout = 10 * time.Second
+)
+
+func (s *sqlite) migrate(ctx context.Context) error {
 	return s.InTx(ctx, func(tx querier) error {
 		return migrate(ctx, tx, func() error {
 			_, err := tx.(sqliteQuerier).tx.ExecContext(ctx, sqliteSchema)
