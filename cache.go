@@ -217,10 +217,7 @@ func (c *cache) Invalidate(id, version int64) {
 	if !c.floors.write(id, min(version, tombstone)) {
 		cacheErrors.Inc()
 	}
-	select {
-	case c.wake <- struct{}{}:
-	default: // Run has been woken already and has not looked yet
-	}
+	poke(c.wake)
 }
 
 // Run sends the markers of Invalidate to the backend, and runs the backend,

@@ -56,7 +56,7 @@ func (s *server) getDeadLetter(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// replayed answers how many dead letters were queued anew.
+// replayedJSON answers how many dead letters were queued anew.
 type replayedJSON struct {
 	Replayed int `json:"replayed"`
 }

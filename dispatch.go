@@ -71,9 +71,13 @@ func newDispatcher(source jobSource, queue jobSink, log *slog.Logger) *dispatche
 }
 
 // Wake says that a job may be due. It never blocks.
-func (d *dispatcher) Wake() {
+func (d *dispatcher) Wake() { poke(d.wake) }
+
+// poke leaves a token in a channel that has room for one. A token that is there
+// already has not been looked at yet, and will do.
+func poke(c chan<- struct{}) {
 	select {
-	case d.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

@@ -33,11 +33,6 @@ type imageHeader struct {
 	Animated      bool        // has frames after the first, which are not decoded
 	Profile       []byte      // ICC profile, nil when there is none or it is sRGB
 
-	// Cost is how many bytes decoding and compressing will hold at once, at
-	// most, besides the source itself; see costAt. It supposes an output as
-	// large as the source.
-	Cost int64
-
 	decodeBytes int64   // what the decoder allocates
 	outputBytes float64 // held for each output pixel: planes and encoded form
 	sourceBytes int     // length of the file
@@ -76,7 +71,6 @@ func readImageHeader(data []byte, maxPixels int64) (imageHeader, error) {
 			h.Format, h.Width, h.Height, maxPixels, maxImageSide)
 	}
 	h.sourceBytes = len(data)
-	h.Cost = h.costAt(maxImageSide)
 	return h, nil
 }
 
@@ -118,7 +112,8 @@ const fixedCost = 2 << 20
 // one window of resized rows (8 bytes a channel), row buffers, all rounded up.
 const sideCost = 128
 
-// costAt is Cost for an output that fits in maxSide × maxSide:
+// costAt is how many bytes decoding and compressing will hold at once, at most,
+// besides the source itself, for an output that fits in maxSide × maxSide:
 //
 //	what the decoder allocates (the header readers know each format's formula)
 //	+ for each output pixel the planes and the encoded form

@@ -261,12 +261,12 @@ func TestMemoryOf20Megapixels(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("20 megapixels of %d kB: %.1f MiB; Cost %.1f MiB, at 2048 %.1f MiB", len(data)>>10,
-		float64(mapped)/(1<<20), float64(h.Cost)/(1<<20), float64(h.costAt(2048))/(1<<20))
+		float64(mapped)/(1<<20), float64(h.costAt(maxImageSide))/(1<<20), float64(h.costAt(2048))/(1<<20))
 	if mapped > limit {
 		t.Errorf("%d bytes on top of idle, want at most %d", mapped, limit)
 	}
-	if mapped > h.Cost || mapped > h.costAt(2048) {
-		t.Errorf("%d bytes on top of idle, but the cost says %d, and %d at 2048", mapped, h.Cost, h.costAt(2048))
+	if mapped > h.costAt(maxImageSide) || mapped > h.costAt(2048) {
+		t.Errorf("%d bytes on top of idle, but the cost says %d, and %d at 2048", mapped, h.costAt(maxImageSide), h.costAt(2048))
 	}
 }
 

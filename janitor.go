@@ -43,14 +43,6 @@ func newJanitor(db *store, blobs blobs, queue deadQueue, invalidate func(int64, 
 func (j *janitor) CollectSoon() { poke(j.garbage) }
 func (j *janitor) SweepSoon()   { poke(j.dead) }
 
-// poke leaves a token in a channel that has room for one.
-func poke(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
-
 // Run clears up until ctx ends.
 func (j *janitor) Run(ctx context.Context) error {
 	collect, sweep := time.NewTicker(garbageInterval), time.NewTicker(sweepInterval)

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"sync"
-	"time"
 )
 
 const (
@@ -13,8 +12,6 @@ const (
 	maxLoadQueries = 2
 	// maxLoadBatch is how many products one query reads.
 	maxLoadBatch = 100
-	// loadQueryTimeout bounds one query, which no longer belongs to any one reader.
-	loadQueryTimeout = 10 * time.Second
 )
 
 // productLoader is the productReader that asks the database. Readers of one
@@ -106,7 +103,7 @@ func (l *productLoader) take() (batch map[int64]*productLoad, ids []int64) {
 
 // read answers every load of a batch.
 func (l *productLoader) read(batch map[int64]*productLoad, ids []int64) {
-	ctx, cancel := context.WithTimeout(context.Background(), loadQueryTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
 	defer cancel()
 	products, err := l.store.ProductsByID(ctx, ids)
 	if err == nil {

@@ -309,12 +309,7 @@ func (q *rabbitQueue) awaitTopology(ctx context.Context) error {
 
 // recheck has the topology looked at now, since something was seen that a
 // missing queue would explain.
-func (q *rabbitQueue) recheck() {
-	select {
-	case q.suspect <- struct{}{}:
-	default:
-	}
-}
+func (q *rabbitQueue) recheck() { poke(q.suspect) }
 
 // Ping says whether jobs can be published now. It never waits.
 func (q *rabbitQueue) Ping(context.Context) error {

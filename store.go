@@ -311,8 +311,9 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		p = before
 		change(&p)
 		kept, added, dropped := matchImages(before.Images, p.Images)
+		moved := movedImages(before.Images, kept)
 		if p.Name == before.Name && p.Description == before.Description && p.Price == before.Price &&
-			len(added) == 0 && len(dropped) == 0 && !moved(before.Images, kept) {
+			len(added) == 0 && len(dropped) == 0 && len(moved) == 0 {
 			p = before
 			return nil
 		}
@@ -323,7 +324,7 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		if err := dropImages(ctx, tx, dropped, p.UpdatedAt); err != nil {
 			return err
 		}
-		if err := moveImages(ctx, tx, before.Images, kept); err != nil {
+		if err := moveImages(ctx, tx, moved); err != nil {
 			return err
 		}
 		if err := insertImages(ctx, tx, id, added, from, p.UpdatedAt); err != nil {
@@ -375,25 +376,22 @@ func matchImages(have, want []Image) (kept, added, dropped []Image) {
 	return kept, added, dropped
 }
 
-// moved says whether a kept image stands elsewhere than before.
-func moved(before, kept []Image) bool {
+// movedImages are the kept images that stand elsewhere than before.
+func movedImages(before, kept []Image) (moved []Image) {
 	position := make(map[int64]int)
 	for _, image := range before {
 		position[image.ID] = image.Position
 	}
 	for _, image := range kept {
 		if position[image.ID] != image.Position {
-			return true
+			moved = append(moved, image)
 		}
 	}
-	return false
+	return moved
 }
 
-func moveImages(ctx context.Context, tx querier, before, kept []Image) error {
-	if !moved(before, kept) {
-		return nil
-	}
-	for _, image := range kept {
+func moveImages(ctx context.Context, tx querier, moved []Image) error {
+	for _, image := range moved {
 		if _, err := tx.Exec(ctx, `UPDATE images SET position = $2 WHERE id = $1`, image.ID, image.Position); err != nil {
 			return err
 		}
