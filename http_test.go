@@ -484,7 +484,7 @@ func TestAuthentication(t *testing.T) {
 	if got := a.do(t, "POST", "/products", shoe, "Authorization", owner); got.Code != 201 {
 		t.Fatalf("the owner's POST: %d %s", got.Code, got.Body)
 	}
-	if got := a.do(t, "GET", "/products/1", "", "Authorization", stranger); got.Code != 200 {
+	if got := a.do(t, "GET", "/products/1", "", "Authorization", "bearer"+strings.TrimPrefix(stranger, "Bearer")); got.Code != 200 {
 		t.Errorf("a stranger's GET: %d", got.Code)
 	}
 	a.do(t, "PATCH", "/products/1", `{}`, "Authorization", stranger).wantProblem(t, 403)
