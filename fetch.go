@@ -138,12 +138,29 @@ func (f *fetcher) leave(host string, slots *hostSlots) {
 
 // hostKey is what downloads are counted by: host:port, whatever the scheme.
 func hostKey(u *url.URL) string {
+	return net.JoinHostPort(hostName(u.Hostname()), portOf(u))
+}
+
+// hostName is the form of a host's name in which equal ones are equal.
+func hostName(name string) string { return strings.TrimSuffix(strings.ToLower(name), ".") }
+
+func portOf(u *url.URL) string {
 	port := "80"
 	if u.Scheme == "https" {
 		port = "443"
 	}
-	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
-	return net.JoinHostPort(host, cmp.Or(u.Port(), port))
+	return cmp.Or(u.Port(), port)
+}
+
+// sourceHost is what an image's source is found by: host and port of its URL. A
+// URL that has none, which the API does not let in, is of the host "".
+func sourceHost(source string) (host string, port int) {
+	u, problem := parseImageURL(source)
+	if problem != "" {
+		return "", 0
+	}
+	port, _ = strconv.Atoi(portOf(u)) // checked by parseImageURL
+	return hostName(u.Hostname()), port
 }
 
 // follow gets u and what it redirects to.

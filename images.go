@@ -136,7 +136,7 @@ var errReservationLost = errors.New("object reservation lost")
 
 const settleReady = `
 UPDATE images SET status = 'ready', object_key = $3, width = $4, height = $5, bytes = $6, source_bytes = $7,
-	run_at = NULL, error_code = '', error_detail = ''
+	run_at = NULL, lone_starts = 0, error_code = '', error_detail = ''
 WHERE id = $1 AND status = 'pending' AND product_id = $2`
 
 // SettleReady makes the image refer to its stored object, as done carries it,
@@ -168,7 +168,7 @@ type failure struct {
 
 const settleFailed = `
 UPDATE images SET attempts = $3, error_code = $4, error_detail = $5,
-	status = $6, run_at = $7, failed_at = $8
+	status = $6, run_at = $7, failed_at = $8, lone_starts = 0
 WHERE id = $1 AND product_id = $2 AND status = 'pending' AND attempts = $3 - 1`
 
 // SettleFailed records a failed try: the image is due again at f.RetryAt, or is

@@ -197,6 +197,9 @@ func (p *pipeline) download(ctx context.Context, d Delivery) *work {
 			w.image, err = p.store.PendingImage(ctx, d.Job.ID)
 			return err
 		})
+		if err == nil {
+			err = p.countStart(ctx, w)
+		}
 		if err != nil {
 			return err
 		}
@@ -277,17 +280,30 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 	case w.err == nil:
 		err = w.delivery.Ack()
 	case errors.Is(w.err, errNotFound):
-		w.log.Info("image no longer wanted")
-		err = w.delivery.Ack()
+		err = p.letGo(ctx, w)
 	case errors.As(w.err, &failed):
 		err = w.delivery.Reject()
 	default:
 		w.log.Warn("image given back unfinished", "err", w.err)
-		err = w.delivery.Release()
+		err = p.giveBack(ctx, w)
 	}
 	if err != nil {
 		w.log.Warn("delivery not settled, the broker will deliver the image again", "err", err)
 	}
+}
+
+// letGo settles the delivery of an image that is no longer wanted. One that is
+// dead already goes where its worker would have sent it, had it not ended
+// between the commit and that. (What it does not know, deadKeeper mends.)
+func (p *pipeline) letGo(ctx context.Context, w *work) error {
+	if w.delivery.Redelivered {
+		dead, err := p.store.deadAmong(ctx, []int64{w.delivery.Job.ID})
+		if err == nil && dead[w.delivery.Job.ID] {
+			return w.delivery.Reject()
+		}
+	}
+	w.log.Info("image no longer wanted")
+	return w.delivery.Ack()
 }
 
 func (p *pipeline) settleReady(ctx context.Context, w *work) error {
