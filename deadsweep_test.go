@@ -239,7 +239,7 @@ func TestDeadQueueIsReadOnlyForAReason(t *testing.T) {
 	jobs := b.bury(t, 2)
 	publishRaw(t, b.ch, deadQueueName, "no job")
 	b.awaitCopies(t, 3)
-	b.look(t) // reads, and learns of what is no job
+	b.look(t)                     // reads, and learns of what is no job
 	read := func() (most int64) { // how often the queue has been read
 		for range 3 {
 			m, ok, err := b.ch.Get(deadQueueName, false)

@@ -191,6 +191,28 @@ func (s *store) SettleFailed(ctx context.Context, job Job, f failure) (version i
 	return version, wrap(fmt.Sprintf("settle failed image %d", job.ID), err)
 }
 
+const selectPutOff = `SELECT put_off FROM images WHERE id = $1 AND status = 'pending' FOR UPDATE`
+
+// putOffBase is the first wait for a host that is busy; it doubles, with jitter,
+// to maxRetryDelay, so that a long queue for one host is not published again and
+// again.
+const putOffBase = 2 * time.Second
+
+// PutOff makes a pending image due again after a while, with no attempt counted:
+// its host was busy. errNotFound as for PendingImage.
+func (s *store) PutOff(ctx context.Context, id int64) error {
+	err := s.InTx(ctx, func(tx querier) error {
+		var times int
+		if err := queryRow(ctx, tx, []any{&times}, selectPutOff, id); err != nil {
+			return err
+		}
+		due := s.now().Add(backoff(putOffBase, times+1)).Truncate(time.Millisecond)
+		_, err := tx.Exec(ctx, `UPDATE images SET run_at = $2, put_off = $3, lone_starts = 0 WHERE id = $1`, id, due, times+1)
+		return err
+	})
+	return wrap(fmt.Sprintf("put off image %d", id), err)
+}
+
 // settle applies a change of one image and raises its product's version, or
 // answers errNotFound if there was nothing to change.
 func (s *store) settle(ctx context.Context, productID int64, apply func(tx querier) (changed int64, err error)) (version int64, err error) {
