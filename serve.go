@@ -17,10 +17,6 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// shutdownGrace is how long requests and images in hand have to finish after a
-// signal. It is less than the 30 s after which Kubernetes kills.
-const shutdownGrace = 25 * time.Second
-
 // The HTTP server's limits. WriteTimeout is longer than requestTimeout, so that
 // a slow database ends in an answer.
 const (
@@ -329,7 +325,7 @@ func (a *app) runCache(ctx context.Context) error {
 func (a *app) process(ctx, stop context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(stop, func() { time.AfterFunc(shutdownGrace, cancel) })()
+	defer context.AfterFunc(stop, func() { time.AfterFunc(a.ShutdownGrace, cancel) })()
 	// The processors keep this many of Go's own busy; the others need theirs.
 	runtime.GOMAXPROCS(cpus + a.Image.Workers)
 	p := &pipeline{
@@ -382,12 +378,13 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	}
 	a.log.Info("stopping")
 	s.draining.Store(true)
+	<-time.After(a.ShutdownDelay) // requests are answered meanwhile
 	close(s.stopping)
-	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.ShutdownGrace)
 	defer cancel()
 	if err := web.Shutdown(grace); err != nil {
+		a.log.Warn("requests were still in work, breaking them off", "err", err)
 		web.Close()
-		return fmt.Errorf("requests were still in work after %v: %w", shutdownGrace, err)
 	}
 	return nil
 }
