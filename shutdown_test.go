@@ -140,7 +140,9 @@ func TestSecondSignalEndsAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	i.log.await(t, `"msg":"stopping"`)
-	if err := i.stop(); err == nil || err.Error() != "signal: terminated" {
+	ended := make(chan error, 1)
+	go func() { ended <- i.stop() }()
+	if err := receive(t, ended); err == nil || err.Error() != "signal: terminated" {
 		t.Errorf("the second signal: %v", err)
 	}
 }

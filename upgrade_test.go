@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os/exec"
 	"strings"
@@ -59,7 +60,9 @@ func TestOldProgramIsRefusedByANewerSchema(t *testing.T) {
 		start(t, env).post(t)
 		alter(t, env, newerSchema)
 		for _, args := range [][]string{{"serve"}, {"dead", "list"}, {"user", "add", "-name", "x", "-email", "x@example.com"}} {
-			cmd := exec.CommandContext(t.Context(), programPath(t), args...)
+			ctx, cancel := context.WithTimeout(t.Context(), settleTime)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, programPath(t), args...)
 			var stderr bytes.Buffer
 			cmd.Stderr, cmd.Dir = &stderr, t.TempDir()
 			for name, value := range env {
