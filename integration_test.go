@@ -35,6 +35,7 @@ type instance struct {
 	log  *watchedLog
 	stop func() error // as SIGTERM does, and waits for the end
 	kill func()       // as SIGKILL does; only a process can be killed
+	wait func() error // for the end of a process
 	pid  int
 }
 
@@ -94,6 +95,7 @@ func startBinary(t *testing.T, env map[string]string, args ...string) *instance 
 		i.log.Close()
 		return err
 	})
+	i.wait = wait
 	i.stop = func() error {
 		cmd.Process.Signal(syscall.SIGTERM)
 		return wait()
