@@ -252,25 +252,20 @@ func newCompressed(format string, data []byte, bounds image.Rectangle) compresse
 func encodeImage(img image.Image, profile []byte, quality int) (compressedImage, error) {
 	m, ok := img.(*image.NRGBA)
 	if !ok {
-		return encodeJPEG(img, profile, quality)
+		return encodeJPEG(img, profile, quality), nil
 	}
 	if !m.Opaque() {
 		return encodePNG(m, profile)
 	}
 	// An RGB profile may tint grey, so only unprofiled grey becomes a grey JPEG.
 	if grey := greyOf(m); grey != nil && profileSpace(profile) != "RGB " {
-		return encodeJPEG(grey, profile, quality)
+		return encodeJPEG(grey, profile, quality), nil
 	}
-	// Opaque NRGBA and RGBA are the same bytes, and the encoder is fast for RGBA alone.
-	return encodeJPEG(&image.RGBA{Pix: m.Pix, Stride: m.Stride, Rect: m.Rect}, profile, quality)
+	return encodeJPEG(planesOf(m), profile, quality), nil
 }
 
-func encodeJPEG(img image.Image, profile []byte, quality int) (compressedImage, error) {
-	var out bytes.Buffer
-	if err := jpeg.Encode(&out, img, &jpeg.Options{Quality: quality}); err != nil {
-		return compressedImage{}, fmt.Errorf("encode jpeg: %w", err)
-	}
-	data := out.Bytes()
+func encodeJPEG(img image.Image, profile []byte, quality int) compressedImage {
+	data := encodeJPEGPlanes(img, quality)
 	want := "RGB "
 	if _, grey := img.(*image.Gray); grey {
 		want = "GRAY"
@@ -278,7 +273,7 @@ func encodeJPEG(img image.Image, profile []byte, quality int) (compressedImage, 
 	if profileSpace(profile) == want {
 		data = addJPEGProfile(data, profile)
 	}
-	return newCompressed(formatJPEG, data, img.Bounds()), nil
+	return newCompressed(formatJPEG, data, img.Bounds())
 }
 
 // encodePNG writes an image with alpha, with a palette where that is exact.

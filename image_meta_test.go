@@ -118,10 +118,10 @@ func TestTurnedSamplesStayInPlace(t *testing.T) {
 func TestMetadataIsGone(t *testing.T) {
 	t.Parallel()
 	const comment = "made by secret place"
-	poor := encodedJPEG(t, photo(160, 120), 20) // kept, since quality 80 is larger
+	poor := encodeJPEGPlanes(photo(160, 120), 20) // kept, since quality 80 is larger
 	flat := encodedPNG(t, corners(160, 120))    // kept, since a JPEG is larger
 	still := webpTestdata(t, "gopher-doc.1bpp.lossless.webp")
-	flatGIF := encodedGIF(t, corners(160, 120))
+	flatGIF := encodedGIF(t, corners(16, 12)) // kept, since a JPEG is larger
 	gifHead := 13 + gifColors(flatGIF[10])
 	tests := map[string][]byte{
 		"jpeg exif":      withJPEGSegment(poor, 0xe1, exifName+exifData(1)),

@@ -370,3 +370,33 @@ func palettedOf(m *image.NRGBA) *image.Paletted {
 	}
 	return out
 }
+
+// planesOf converts an opaque image to YCbCr (JFIF 1.02) of half as many chroma
+// samples each way, each the mean of its four pixels'. The factors are JFIF's in
+// units of 1/65536; chroma's sum of four pixels is two bits longer.
+func planesOf(m *image.NRGBA) *image.YCbCr {
+	out := image.NewYCbCr(m.Rect, image.YCbCrSubsampleRatio420)
+	w, h := m.Rect.Dx(), m.Rect.Dy()
+	for y := range h {
+		row, luma := m.Pix[y*m.Stride:], out.Y[y*out.YStride:][:w]
+		for x := range luma {
+			p := row[4*x:][:3]
+			luma[x] = uint8((19595*uint32(p[0]) + 38470*uint32(p[1]) + 7471*uint32(p[2]) + 1<<15) >> 16)
+		}
+	}
+	for y := range (h + 1) / 2 {
+		upper, lower := m.Pix[2*y*m.Stride:], m.Pix[min(2*y+1, h-1)*m.Stride:]
+		for x := range (w + 1) / 2 {
+			left, right := 8*x, 4*min(2*x+1, w-1)
+			a, b, c, d := upper[left:][:3], upper[right:][:3], lower[left:][:3], lower[right:][:3]
+			red := int(a[0]) + int(b[0]) + int(c[0]) + int(d[0])
+			green := int(a[1]) + int(b[1]) + int(c[1]) + int(d[1])
+			blue := int(a[2]) + int(b[2]) + int(c[2]) + int(d[2])
+			const middle, half = 128 << 18, 1 << 17
+			at := y*out.CStride + x
+			out.Cb[at] = uint8(min((-11056*red-21712*green+32768*blue+middle+half)>>18, 255))
+			out.Cr[at] = uint8(min((32768*red-27440*green-5328*blue+middle+half)>>18, 255))
+		}
+	}
+	return out
+}
