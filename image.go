@@ -125,17 +125,18 @@ func (h imageHeader) costAt(maxSide int) int64 {
 		int64(h.sourceBytes) + sideCost*int64(h.Width+h.Height) + fixedCost
 }
 
-// noiseBytes is what a pixel of white noise takes in a JPEG of quality 80: the
-// most that an encoded form can reach there.
-const noiseBytes = 0.9
+// What the JPEG encoder holds for a sample at most, measured with white noise at
+// quality 100: a token of four bytes for each coefficient, in pieces, and the file.
+const jpegSample = 4.1 + 1.1
 
-// Bytes held for each output pixel. An encoded form counts three times its
-// length, since the buffer doubles as it grows; PNG is never much longer than
-// its pixels. RGBA may need one more byte for a palette's indexes or for grey.
+// Bytes held for each output pixel. A JPEG has one sample for grey and one and
+// a half for colour. PNG is never much longer than its pixels, but counts three
+// times its length, since its buffer doubles as it grows; RGBA may need one more
+// byte for a palette's indexes or for grey.
 const (
-	outputGrey  = 1 + 3*noiseBytes
-	outputYCbCr = 1.5 + 3*noiseBytes
-	outputRGB   = 4 + 1 + 3*noiseBytes
+	outputGrey  = 1 + jpegSample
+	outputYCbCr = 1.5 * (1 + jpegSample)
+	outputRGB   = 4 + outputYCbCr
 	outputRGBA  = 4 + 1 + 3*4.1
 )
 
