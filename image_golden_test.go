@@ -35,6 +35,7 @@ func TestGoldenImages(t *testing.T) {
 		"grey.jpg":              {photos, "jpg", "grey"},
 		"display-p3.jpg":        {photos, "jpg", "profile"},
 		"cmyk.jpg":              {edges, "jpg", "colour"},
+		"ycck.jpg":              {edges, "jpg", "colour"},
 		"interlaced-16-bit.png": {edges, "jpg", "colour"},
 		"grey-16-bit.png":       {photos, "jpg", "grey"},
 		"alpha.png":             {exact, "png", "alpha"},

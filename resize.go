@@ -22,7 +22,7 @@ type taps struct {
 type axis struct {
 	taps     []taps
 	source   int  // how many source samples there are
-	window   int  // the most source samples that one output sample needs
+	window   int  // the most source samples that one output sample needs, and one more if there is
 	identity bool // each output sample is the source sample of its own index
 }
 
@@ -108,7 +108,7 @@ func resample(read func(y int) []byte, channels int, horizontal, vertical axis, 
 		}
 		return
 	}
-	in := &rowResizer{read: read, channels: channels, axis: horizontal, ring: make([][]int16, vertical.window+1)}
+	in := &rowResizer{read: read, channels: channels, axis: horizontal, ring: make([][]int16, vertical.window)}
 	for i := range in.ring {
 		in.ring[i] = make([]int16, width)
 	}
@@ -133,7 +133,7 @@ type rowResizer struct {
 }
 
 // advance sees to it that all rows below end are in the ring, of height in all.
-// Rows of one channel come in twos, so one more may be there: the ring has room.
+// Rows of one channel come in twos, so one more may be there: a window has room.
 func (r *rowResizer) advance(end, height int) {
 	for r.next < end {
 		row := r.ring[r.next%len(r.ring)]
@@ -186,8 +186,8 @@ func (a axis) apply1(dst []int16, src []byte) {
 }
 
 // apply2 is apply1 for two rows at once: one multiplication of 64 bits does two
-// of 32. The lower half's sum may be negative and then has borrowed one from the
-// upper, which is given back at the end.
+// of 32. The lower half's sum, where it is negative, has borrowed one from the upper:
+// 1/16384 of a level.
 func (a axis) apply2(upper, lower []int16, pairs []uint64) {
 	upper, lower = upper[:len(a.taps)], lower[:len(a.taps)]
 	for i, t := range a.taps {
@@ -196,9 +196,7 @@ func (a axis) apply2(upper, lower []int16, pairs []uint64) {
 		for k, w := range t.weights {
 			sum += uint64(int64(w)) * samples[k]
 		}
-		first := int32(sum)
-		second := int32((sum - uint64(int64(first))) >> 32)
-		upper[i], lower[i] = int16(first>>rowShift), int16(second>>rowShift)
+		upper[i], lower[i] = int16(int32(sum)>>rowShift), int16(int32(sum>>32)>>rowShift)
 	}
 }
 

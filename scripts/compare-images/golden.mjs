@@ -40,6 +40,10 @@ await golden('progressive-444.jpg', sharp(base).jpeg({ quality: 92, chromaSubsam
 await golden('grey.jpg', sharp(base).toColourspace('b-w').jpeg(jpeg))
 await golden('display-p3.jpg', sharp(base).withIccProfile('p3').jpeg(jpeg), seenByDjpeg)
 await golden('cmyk.jpg', sharp(base).toColourspace('cmyk').jpeg(jpeg), seenByDjpeg)
+// The same samples, said to be YCCK: no encoder at hand writes it.
+const ycck = await sharp(base).toColourspace('cmyk').jpeg(jpeg).toBuffer()
+ycck[ycck.indexOf('Adobe') + 11] = 2
+await golden('ycck.jpg', { toBuffer: async () => ycck }, seenByDjpeg)
 await golden('interlaced-16-bit.png', sharp(base).toColourspace('rgb16').png({ progressive: true }))
 await golden('grey-16-bit.png', sharp(base).toColourspace('grey16').png())
 await golden('alpha.png', sharp(cut).png())
