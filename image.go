@@ -45,6 +45,9 @@ type decodedImage struct {
 	header imageHeader
 	pixels image.Image
 	frame  image.Rectangle // where pixels lie in the image; the rest is transparent
+
+	// spread runs parts of the work, at once if it can. Nil: one after the other.
+	spread func(parts []func())
 }
 
 // compressedImage is what gets stored.
@@ -105,7 +108,8 @@ func parseHeader(data []byte) (imageHeader, error) {
 }
 
 // What decoding and encoding hold besides what grows with the pixels:
-// inflate and deflate windows, readers, code tables.
+// inflate and deflate windows, readers, code tables, and the rows of bands that
+// are resized at once.
 const fixedCost = 2 << 20
 
 // sideCost is held for each pixel of width and height: weights of three axes,

@@ -103,9 +103,16 @@ func uprightRect(w, h int, o orientation) image.Rectangle {
 func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	o := d.header.Orientation
 	out := image.NewYCbCr(uprightRect(w, h, o), image.YCbCrSubsampleRatio420)
+	var parts []func()
 	plane := func(dst, src []byte, dstStride, srcStride int, horizontal, vertical axis) {
 		g := newGrid(dst, dstStride, 1, len(horizontal.taps), len(vertical.taps), o)
-		resample(func(y int) []byte { return src[y*srcStride:] }, 1, horizontal, vertical, g.put)
+		read := func(y int) []byte { return src[y*srcStride:] }
+		for top := 0; top < len(vertical.taps); top += bandRows {
+			band := vertical.band(top, min(top+bandRows, len(vertical.taps)))
+			parts = append(parts, func() {
+				resample(read, 1, horizontal, band, func(y int, row []byte) { g.put(top+y, row) })
+			})
+		}
 	}
 	srcW, srcH := d.header.Width, d.header.Height
 	plane(out.Y, m.Y, out.YStride, m.YStride, lumaAxis(srcW, w), lumaAxis(srcH, h))
@@ -114,7 +121,22 @@ func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	vertical := chromaAxis(srcH, h, subY, o.mirrorsY())
 	plane(out.Cb, m.Cb, out.CStride, m.CStride, horizontal, vertical)
 	plane(out.Cr, m.Cr, out.CStride, m.CStride, horizontal, vertical)
+	d.run(parts)
 	return out
+}
+
+// bandRows is how many output rows are resized as one part of the work. A band
+// has tables of its own and reads some rows of its neighbours' again, so it is not small.
+const bandRows = 512
+
+func (d *decodedImage) run(parts []func()) {
+	if d.spread != nil {
+		d.spread(parts)
+		return
+	}
+	for _, part := range parts {
+		part()
+	}
 }
 
 // subsampling is how many pixels one chroma sample covers in each direction.

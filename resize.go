@@ -55,6 +55,12 @@ func newAxis(src, dst int, scale, offset float64) axis {
 	return a
 }
 
+// band is the axis for the output samples from first up to end, counted from first.
+func (a axis) band(first, end int) axis {
+	a.taps = a.taps[first:end]
+	return a
+}
+
 // catmullRom is the cubic of Keys (1981) with a = -1/2, which is zero from 2 on.
 func catmullRom(x float64) float64 {
 	x = math.Abs(x)
@@ -103,12 +109,12 @@ func trimTaps(first int, weights []int16) taps {
 func resample(read func(y int) []byte, channels int, horizontal, vertical axis, emit func(y int, row []byte)) {
 	width := len(horizontal.taps) * channels
 	if horizontal.identity && vertical.identity {
-		for y := range vertical.taps {
-			emit(y, read(y)[:width])
+		for y, t := range vertical.taps {
+			emit(y, read(t.start)[:width])
 		}
 		return
 	}
-	in := &rowResizer{read: read, channels: channels, axis: horizontal, ring: make([][]int16, vertical.window)}
+	in := &rowResizer{read: read, channels: channels, axis: horizontal, ring: make([][]int16, vertical.window), next: vertical.taps[0].start}
 	for i := range in.ring {
 		in.ring[i] = make([]int16, width)
 	}
