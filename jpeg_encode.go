@@ -9,8 +9,8 @@ import (
 
 // The JPEG encoder. It differs from image/jpeg in what it costs and what it
 // yields: Huffman tables made for the image (ITU-T T.81, annex K.2) and
-// progressive scans (annex G, spectral selection alone), which take a tenth off
-// photos and more off what is flat; and planes are read as they are.
+// progressive scans (annex G, spectral selection alone), which take 5 % off
+// photos and far more off what is flat; and planes are read as they are.
 //
 // One pass over the blocks transforms, quantises and writes down each scan's
 // symbols as tokens. They tell what tables fit; then they are spelled in them.
