@@ -50,7 +50,7 @@ func BenchmarkGet(b *testing.B) {
 	redisURL := testRedis(b)
 	cached := benchmarkCache(b, id, uncached, benchmarkRedis(b, redisURL))
 	remote := benchmarkCache(b, id, uncached, redisOnly{benchmarkRedis(b, redisURL)})
-	local := benchmarkCache(b, id, uncached, newMemoryCache(time.Minute, memoryCacheBytes))
+	local := benchmarkCache(b, id, uncached, newMemoryCache(time.Minute, cacheSize))
 	path := fmt.Sprintf("/products/%d", id)
 	etag := http.Header{"If-None-Match": {etag(doc.Version)}}
 
@@ -141,7 +141,7 @@ func benchmarkCache(b *testing.B, id int64, next productReader, backend cacheBac
 }
 
 func benchmarkRedis(b *testing.B, url string) *redisCache {
-	redis, err := newRedisCache(url, time.Minute, slog.New(slog.DiscardHandler))
+	redis, err := newRedisCache(url, time.Minute, cacheSize, slog.New(slog.DiscardHandler))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -151,17 +151,16 @@ func benchmarkRedis(b *testing.B, url string) *redisCache {
 // redisOnly is Redis without the client-side cache in front of it.
 type redisOnly struct{ *redisCache }
 
-func (r redisOnly) Get(id int64) (version int64, body []byte, err error) {
+func (r redisOnly) Get(id int64) (cacheEntry, error) {
 	conn := r.live.Load()
 	if conn == nil {
-		return 0, nil, errCacheAway
+		return cacheEntry{}, errCacheAway
 	}
 	value, err := conn.Do(context.Background(), conn.B().Get().Key(redisKey(id)).Build()).AsBytes()
 	if rueidis.IsRedisNil(err) {
-		return 0, nil, nil
+		return cacheEntry{}, nil
 	}
-	version, body = splitEntry(value)
-	return version, body, err
+	return splitEntry(value), err
 }
 
 // benchmarkAPI is the handler with everything on that a request passes.

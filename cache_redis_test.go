@@ -248,7 +248,7 @@ func TestCacheSendsItsLastMarkersAtTheEnd(t *testing.T) {
 func TestCacheMarkersOutliveLoads(t *testing.T) {
 	t.Parallel()
 	server := startRedis(t)
-	backend, err := newRedisCache(server.URL, 100*time.Millisecond, quiet)
+	backend, err := newRedisCache(server.URL, 100*time.Millisecond, cacheSize, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +265,7 @@ func TestCacheForeignValuesInRedisAreNoEntries(t *testing.T) {
 	t.Parallel()
 	server := startRedis(t)
 	backend := connected(t, redisBackend(t, server.URL, quiet))
-	for i, value := range []string{"", "\n", "x\nbody", "-3\nbody", "no line feed", "99999999999999999999\nbody"} {
+	for i, value := range []string{"", "\n", "x\nbody", "-3\nbody", "-1\nbody", "no line feed", "99999999999999999999\nbody"} {
 		id := int64(i + 1)
 		admin(t, server, "SET", redisKey(id), value)
 		if version, body := mustGet(t, backend, id); version != 0 || body != nil {
@@ -277,7 +277,7 @@ func TestCacheForeignValuesInRedisAreNoEntries(t *testing.T) {
 func TestRedisURLErrorsKeepThePassword(t *testing.T) {
 	t.Parallel()
 	for _, bad := range []string{"redis://:hunter2@host:port", "http://:hunter2@host", "redis://:hunter2@host/x"} {
-		if _, err := newRedisCache(bad, cacheTTL, quiet); err == nil || strings.Contains(err.Error(), "hunter2") {
+		if _, err := newRedisCache(bad, cacheTTL, cacheSize, quiet); err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%s: error is %v", bad, err)
 		}
 	}

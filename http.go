@@ -110,6 +110,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	if once != nil && once.Answer != nil {
 		doc = document{ID: once.ProductID, Version: 1, Body: once.Answer}
 	}
+	s.invalidate(doc.ID, 1)
 	s.wake()
 	w.Header().Set("Location", "/products/"+strconv.FormatInt(doc.ID, 10))
 	writeDocument(w, http.StatusCreated, doc)
@@ -143,14 +144,14 @@ func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	doc, err := s.products.Product(r.Context(), id)
-	if err != nil {
-		return err
-	}
 	header := w.Header()
 	header["Cache-Control"] = headerRevalidate
 	header["Cache-Status"] = headerMiss
 	if doc.Cached {
 		header["Cache-Status"] = headerHit
+	}
+	if err != nil {
+		return err
 	}
 	if wanted := r.Header["If-None-Match"]; wanted != nil && etagMatches(wanted, doc.Version, true) {
 		header["Etag"], _ = documentHeader(doc)
