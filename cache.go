@@ -155,7 +155,7 @@ func (c *cache) Product(ctx context.Context, id int64) (document, error) {
 	}
 	// Once it was not found here, nobody's copy is believed before a load has
 	// seen the product: the copy may be from before a deletion.
-	trusted := err == nil && floor != absent
+	trusted := floor != absent
 	if trusted && entry.version > floor { // then it must not go backwards from here
 		c.floors.see(id, entry.version)
 	}
@@ -164,7 +164,7 @@ func (c *cache) Product(ctx context.Context, id int64) (document, error) {
 		return document{ID: id, Version: entry.version, Body: entry.body, Cached: true}, nil
 	}
 	cacheMisses.Inc()
-	return c.load(ctx, id, flight{floor: max(floor, entry.version, 0), look: trusted, fill: err == nil})
+	return c.load(ctx, id, flight{floor: max(floor, entry.version, 0), trusted: trusted, fill: err == nil})
 }
 
 func countHit(entry cacheEntry) {
@@ -183,14 +183,14 @@ type flight struct {
 	// flight's key because a load that began before a write may return what was
 	// there before it: whoever comes after the write has a higher floor, and so
 	// never joins such a load.
-	floor int64
-	look  bool // first look in the backend once more
-	fill  bool // the backend answered; after its first failure it is left alone, so that a hung one delays a read once at most
+	floor   int64
+	trusted bool // a copy in the backend is as good as a load. Part of the key too
+	fill    bool // the backend answered; after its first failure it is left alone, so that a hung one delays a read once at most
 }
 
 func (f flight) key(id int64) string {
 	key := strconv.FormatInt(id, 10) + "/" + strconv.FormatInt(f.floor, 10)
-	if !f.look {
+	if !f.trusted {
 		key += "!"
 	}
 	return key
@@ -243,7 +243,7 @@ func (c *cache) join(ctx context.Context, id int64, f flight) (document, error) 
 
 // fetch does the work of one flight.
 func (c *cache) fetch(ctx context.Context, id int64, f flight) (document, error) {
-	if f.look {
+	if f.trusted && f.fill {
 		// Between the reader's look and the start of this flight another flight
 		// may have ended. Looking again keeps a stampede at one load.
 		entry, err := c.backend.Get(id)
