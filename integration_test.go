@@ -75,7 +75,7 @@ func start(t *testing.T, env map[string]string, args ...string) *instance {
 }
 
 // startBinary runs the program as a process of its own.
-func startBinary(t *testing.T, env map[string]string, args ...string) *instance {
+func startBinary(t testing.TB, env map[string]string, args ...string) *instance {
 	t.Helper()
 	i := &instance{log: newWatchedLog()}
 	cmd := exec.Command(programPath(t), args...)
@@ -132,7 +132,7 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 })
 
 // awaitStart waits until the instance works, and learns its address.
-func (i *instance) awaitStart(t *testing.T, args []string) {
+func (i *instance) awaitStart(t testing.TB, args []string) {
 	t.Helper()
 	if slices.Contains(args, "worker") {
 		i.log.await(t, `"msg":"starting"`)
@@ -145,7 +145,7 @@ func (i *instance) awaitStart(t *testing.T, args []string) {
 	i.url = "http://" + line.Addr
 }
 
-func (i *instance) dumpIfFailed(t *testing.T) {
+func (i *instance) dumpIfFailed(t testing.TB) {
 	if t.Failed() {
 		t.Logf("the log of the program:\n%s", i.log.tail(60))
 	}
@@ -180,7 +180,7 @@ func (l *watchedLog) Close() {
 }
 
 // await answers the first line that has all the given parts.
-func (l *watchedLog) await(t *testing.T, parts ...string) string {
+func (l *watchedLog) await(t testing.TB, parts ...string) string {
 	t.Helper()
 	deadline := time.Now().Add(settleTime)
 	wake := time.AfterFunc(settleTime, l.grown.Broadcast)
@@ -217,7 +217,7 @@ type photoServer struct {
 	asked  map[string]int
 }
 
-func newPhotoServer(t *testing.T) *photoServer {
+func newPhotoServer(t testing.TB) *photoServer {
 	p := &photoServer{photos: make(map[string][]byte), faults: make(map[string][]int), hold: make(map[string]chan struct{}), asked: make(map[string]int)}
 	p.Server = httptest.NewServer(p)
 	t.Cleanup(p.Close)
