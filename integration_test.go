@@ -200,6 +200,19 @@ func (l *watchedLog) await(t testing.TB, parts ...string) string {
 	}
 }
 
+// forget drops the lines that have part, so that a long run does not keep them.
+func (l *watchedLog) forget(part string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var kept bytes.Buffer
+	for line := range bytes.Lines(l.text.Bytes()) {
+		if !bytes.Contains(line, []byte(part)) || !bytes.HasSuffix(line, []byte("\n")) {
+			kept.Write(line)
+		}
+	}
+	l.text = kept
+}
+
 func (l *watchedLog) tail(n int) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
