@@ -86,7 +86,7 @@ func benchmarkPipeline(b *testing.B, photo []byte, workers int) {
 	if err := group.Wait(); err != nil {
 		b.Fatal(err)
 	}
-	if dead, err := s.DeadLetters(b.Context(), 0, 1); err != nil || len(dead) > 0 {
+	if dead, err := s.DeadLetters(b.Context(), deadFilter{}, 0, 1); err != nil || len(dead) > 0 {
 		b.Fatalf("images failed: %v %v", dead, err)
 	}
 }
