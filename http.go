@@ -38,6 +38,8 @@ type server struct {
 	replayed   func()                  // dead letters were replayed or discarded
 	media      handler                 // serves stored objects; nil if S3 does
 	parts      []part                  // what readiness depends on
+	console    console
+	monitor    *monitor // nil: nothing is watched
 	authOn     bool
 	tokens     tokenCache
 	log        *slog.Logger
@@ -69,6 +71,11 @@ func (s *server) routes() http.Handler {
 	s.route(mux, "GET /healthz", noToken, s.healthz)
 	s.route(mux, "GET /readyz", noToken, s.readyz)
 	s.route(mux, "GET /metrics", adminToken, s.metrics)
+	s.route(mux, "GET /{$}", noToken, s.console.page)
+	s.route(mux, "GET /console/{file}", noToken, s.console.file)
+	if s.monitor != nil {
+		s.route(mux, "GET /overview", adminToken, s.overview)
+	}
 	if s.media != nil {
 		s.route(mux, "GET /media/{key...}", noToken, s.media)
 	}

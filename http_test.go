@@ -36,6 +36,7 @@ func newAPI(t *testing.T) *api {
 		store: s, products: newProductLoader(s, enc), encoder: enc,
 		wake: func() {}, invalidate: func(int64, int64) {}, replayed: func() {},
 		log: slog.New(slog.NewJSONHandler(log, nil)), stopping: make(chan struct{}),
+		console: newConsole(),
 	}}
 	a.handler = a.routes()
 	return a

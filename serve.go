@@ -55,6 +55,7 @@ type app struct {
 	parts      []part
 	dispatcher *dispatcher
 	janitor    *janitor
+	monitor    *monitor
 	dead       *deadKeeper // nil: the queue keeps no copies of dead letters
 	listener   net.Listener
 	migrated   chan struct{} // closed when the database has its schema
@@ -115,6 +116,7 @@ func (a *app) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
+	a.monitor = newMonitor(a.store, a.log)
 	a.janitor = newJanitor(a.store, a.blobs, a.log)
 	if copies, ok := a.queue.(deadQueue); ok {
 		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
@@ -229,6 +231,7 @@ func (a *app) run(ctx context.Context) error {
 		}
 	})
 	if a.name != "worker" {
+		back.Go(func() error { return a.afterMigration(backCtx, a.monitor.Run) })
 		front.Go(func() error { return a.serveHTTP(frontCtx) })
 	}
 	if a.name != "api" {
@@ -356,6 +359,8 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		invalidate: func(id, version int64) { a.invalidate(id, version); a.janitor.CollectSoon() },
 		replayed:   a.deadChanged,
 		parts:      a.parts,
+		console:    newConsole(),
+		monitor:    a.monitor,
 		authOn:     a.Auth,
 		log:        a.log,
 		stopping:   make(chan struct{}),
