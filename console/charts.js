@@ -37,7 +37,8 @@ export class Chart {
     this.max = nice(Math.max(this.top, ...known))
     this.most.textContent = this.unit(this.max)
     this.from.textContent = points.length > 1 ? span(points[0].at, points.at(-1).at) : ''
-    const lines = this.series.map(({ kind }, n) => this.line(kind, points.map(({ values }) => values[n])))
+    // The first series lies on top. Failures that there are none of are no red line.
+    const lines = this.series.map(({ kind }, n) => this.line(kind, points.map(({ values }) => values[n]))).reverse()
     fill(this.plot, grid(), lines)
     this.plot.setAttribute('aria-label', `${this.title}: ${now}${side ? ', ' + side : ''}. Highest in the time shown: ${known.length ? this.unit(Math.max(...known)) : 'nothing known'}.`)
   }
@@ -52,6 +53,7 @@ export class Chart {
 
   // A line breaks where nothing is known. A single point is a short stroke.
   line(kind, values) {
+    if (kind === 'bad' && !values.some((value) => value > 0)) return []
     const runs = []
     values.forEach((value, n) => {
       if (value === null) return
@@ -59,10 +61,10 @@ export class Chart {
       runs.at(-1).push([this.x(n), this.y(value)])
     })
     return runs.map((run) => {
-      if (run.length === 1) run.unshift([Math.max(0, run[0][0] - 3), run[0][1]])
+      if (run.length === 1) run.unshift([Math.max(0, run[0][0] - 4), run[0][1]])
       const path = run.map(([x, y], n) => `${n ? 'L' : 'M'}${x.toFixed(1)} ${y.toFixed(1)}`).join('')
       const area = `${path}L${run.at(-1)[0].toFixed(1)} ${height}L${run[0][0].toFixed(1)} ${height}Z`
-      return [svg('path', { class: `area ${kind}`, d: area }), svg('path', { class: `line ${kind}`, d: path })]
+      return [run.length > 2 && svg('path', { class: `area ${kind}`, d: area }), svg('path', { class: `line ${kind}`, d: path })]
     }).flat()
   }
 

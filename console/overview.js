@@ -85,7 +85,7 @@ function points(data, ...series) {
 }
 
 const last = (values) => values.findLast((value) => value !== null)
-const known = (value, write) => value === undefined ? 'unknown' : write(value)
+const known = (value, write) => value === undefined ? '–' : write(value)
 
 function makeCharts() {
   return [
@@ -115,14 +115,14 @@ function makeCharts() {
       show(chart, data) {
         const at = (name) => data.samples.map(({ http }) => http.requests ? http[name] : null)
         const [p50, p99] = [at('p50_seconds'), at('p99_seconds')]
-        chart.draw(points(data, p50, p99), { now: known(last(p50), duration), side: last(p99) === undefined ? '' : `99 % within ${duration(last(p99))}` })
+        chart.draw(points(data, p50, p99), { now: known(last(p50), duration), side: last(p99) === undefined ? 'no requests yet' : `99 % within ${duration(last(p99))}` })
       },
     }, {
       chart: new Chart({ title: 'Cache hits', note: 'this instance', series: [{ name: 'hits', kind: 'main' }], unit: percent, top: 1 }),
       show(chart, data) {
         const ratio = data.samples.map(({ cache }) => cache.hits + cache.misses ? cache.hits / (cache.hits + cache.misses) : null)
         const reads = data.samples.reduce((sum, { cache }) => sum + cache.hits + cache.misses, 0)
-        chart.draw(points(data, ratio), { now: known(last(ratio), percent), side: `${count(reads)} reads` })
+        chart.draw(points(data, ratio), { now: known(last(ratio), percent), side: reads ? `${count(reads)} reads` : 'no reads yet' })
       },
     }, {
       chart: new Chart({ title: 'Requests a minute', note: 'this instance', series: [{ name: 'requests', kind: 'main' }, { name: 'failed', kind: 'bad' }], unit: count, top: 10 }),

@@ -74,7 +74,7 @@ class ProductPage {
     }
     const edit = button('Edit', { icon: 'edit', onclick: () => editProduct(this.product, (p) => { this.update(p); this.follow() }) })
     const remove = button('Delete', { icon: 'trash', kind: 'quiet', onclick: () => this.remove(remove) })
-    this.actions = h('div', { class: 'actions' }, edit, remove)
+    this.actions = h('div', { class: 'actions' }, remove, edit)
     this.name = h('h1', null, this.product.product_name)
     this.price = h('p', { class: 'price' }, price(this.product.product_price))
     this.description = h('p', { class: 'description' }, this.product.product_description)

@@ -42,6 +42,7 @@ export function failure(problem, retry) {
   if (problem.status === 403) {
     return emptyState({ icon: 'key', title: 'This needs an admin’s token', text: 'The token in use may read products and change those of its user.' })
   }
+  if (problem.status === 401) return emptyState({ icon: 'key', title: 'A token is needed' })
   const detail = problem.requestID ? `${problem.message} (request ${problem.requestID})` : problem.message
   return h('div', { class: 'empty', role: 'alert' }, h('div', { class: 'empty-icon bad' }, icon('alert')), h('h2', null, 'This could not be loaded'),
     h('p', null, detail), retry && button('Try again', { icon: 'replay', onclick: retry }))
