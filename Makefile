@@ -25,9 +25,10 @@ unit:
 	@$(call phase,go test -race)
 	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 4 -timeout 8m ./...
 
-## servers: PostgreSQL, Redis and RabbitMQ, from the distribution's packages
+## servers: PostgreSQL, Redis, RabbitMQ and a browser, from the distribution's packages
 servers:
 	@scripts/install-test-servers.sh
+	@scripts/install-test-browser.sh
 	@scripts/fetch-test-photos.sh
 	@$(call phase,servers are installed)
 

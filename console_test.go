@@ -128,6 +128,7 @@ func servePhotos(t *testing.T, photos *photoServer) {
 	photos.serve("/slow.jpg", small)
 	photos.serve("/back.jpg", small, http.StatusNotFound)  // there when it is replayed
 	photos.serve("/again.jpg", small, http.StatusNotFound) // likewise
+	photos.serve("/late.jpg", small, http.StatusNotFound)
 	photos.serve("/shaky.jpg", small, http.StatusServiceUnavailable)
 	photos.serve("/notes.txt", []byte("no image at all"))
 }

@@ -114,26 +114,36 @@ class Editor {
 
   showConflict(now, theirs) {
     const load = button('Take theirs', { onclick: () => this.restart(now) })
-    const keep = button('Keep mine', { onclick: () => {
-      this.base = now
-      fill(this.notice)
-      this.save.focus()
-    } })
+    const keep = button('Keep my changes', { onclick: () => this.rebase(now, theirs) })
     fill(this.notice, h('div', { class: 'notice bad' }, icon('alert'), h('div', null,
       h('strong', null, 'Somebody else has changed this product meanwhile.'),
-      h('dl', { class: 'changes' }, Object.entries(theirs).map(([name, value]) => h('div', null, h('dt', null, labels[name]), h('dd', null, shown(name, value))))),
-      h('p', null, 'Take theirs and begin anew from there, or keep yours and save over it.'),
+      h('dl', { class: 'changes' }, Object.entries(theirs).map(([name, value]) => h('div', null, h('dt', null, labels[name]), h('dd', null, `${shown(name, written(this.base)[name])} → ${shown(name, value)}`)))),
+      h('p', null, 'Begin anew from theirs, or keep what you have changed on top of it.'),
       h('div', { class: 'row-actions' }, load, keep))))
     this.notice.scrollIntoView({ block: 'nearest' })
     load.focus()
   }
 
+  // What the reader has not changed becomes theirs, so that saving undoes nothing
+  // but what was changed by both.
+  rebase(now, theirs) {
+    const mine = difference(written(this.base), this.values())
+    this.base = now
+    this.put(Object.fromEntries(Object.entries(theirs).filter(([name]) => !(name in mine))))
+    fill(this.notice)
+    this.save.focus()
+  }
+
+  put(values) {
+    if ('product_name' in values) this.name.value = values.product_name
+    if ('product_price' in values) this.price.value = values.product_price
+    if ('product_description' in values) this.description.value = values.product_description
+    if ('product_images' in values) this.images.set(values.product_images)
+  }
+
   restart(now) {
     this.base = now
-    this.name.value = now.product_name
-    this.price.value = fixed(now.product_price)
-    this.description.value = now.product_description
-    this.images.set(now.product_images)
+    this.put(written(now))
     this.untouched = JSON.stringify(this.values())
     fill(this.notice)
     this.name.focus()

@@ -34,7 +34,8 @@ export function duration(seconds) {
   if (seconds === 0) return '0 s'
   if (seconds < 0.001) return `${Math.round(seconds * 1e6)} µs`
   if (seconds < 1) return `${+(seconds * 1000).toPrecision(3)} ms`
-  if (seconds < 60) return `${+seconds.toPrecision(3)} s`
+  if (seconds < 10) return `${+seconds.toPrecision(2)} s`
+  if (seconds < 60) return `${Math.round(seconds)} s`
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min`
   if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`
   return plural(Math.floor(seconds / 86400), 'day')
