@@ -118,7 +118,7 @@ class Editor {
     fill(this.notice, h('div', { class: 'notice bad' }, icon('alert'), h('div', null,
       h('strong', null, 'Somebody else has changed this product meanwhile.'),
       h('dl', { class: 'changes' }, Object.entries(theirs).map(([name, value]) => h('div', null, h('dt', null, labels[name]), h('dd', null, `${shown(name, written(this.base)[name])} → ${shown(name, value)}`)))),
-      h('p', null, 'Begin anew from theirs, or keep what you have changed on top of it.'),
+      h('p', null, 'Start over from theirs, or keep your changes on top.'),
       h('div', { class: 'row-actions' }, load, keep))))
     this.notice.scrollIntoView({ block: 'nearest' })
     load.focus()
