@@ -386,3 +386,26 @@ func TestDeadLetterPagesReadNoMoreThanTheyNeed(t *testing.T) {
 		}
 	}
 }
+
+// A replay by command reaches the running program, which has the product cached.
+func TestReplayByCommandBesideTheProgram(t *testing.T) {
+	t.Parallel()
+	for name, settings := range map[string]func(t *testing.T) map[string]string{
+		"embedded": func(t *testing.T) map[string]string { return map[string]string{"DATA_DIR": t.TempDir()} },
+		"servers":  serverEnv,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			env := environment(settings(t), map[string]string{"CACHE_TTL": "24h"})
+			photos := newPhotoServer(t)
+			api := start(t, env)
+			p := api.settled(t, api.post(t, photos.URL+"/late").ID)
+			api.get(t, p.ID)
+			photos.serve("/late", jpegPhoto(t, 40, 40))
+			if out, code := runCommand(t, env, "dead", "replay", "-all"); code != 0 || out != "replayed 1\n" {
+				t.Fatalf("dead replay: %d %s", code, out)
+			}
+			eventually(t, "the image is ready", func() bool { return api.get(t, p.ID).Images[0].Status == "ready" })
+		})
+	}
+}

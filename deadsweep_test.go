@@ -380,3 +380,58 @@ func TestDeadQueueWithoutADatabase(t *testing.T) {
 	b.look(t)
 	b.wantAgreement(t)
 }
+
+// A worker that ended between the commit of a failure and the reject leaves a
+// message that is delivered again: it goes where it should have gone. A second
+// message of the same job does not.
+func TestDeadJobThatIsDeliveredAgain(t *testing.T) {
+	t.Parallel()
+	b := newBurial(t, testAMQP(t))
+	p := &pipeline{store: b.store, log: testLog(t)}
+	job := b.take(t, func(d Delivery) error { return d.Release() }) // as the broker does when a worker ends
+	again := receive(t, b.in.out)
+	settled(t, p.letGo(t.Context(), &work{delivery: again, log: p.log}))
+	b.awaitCopies(t, 1)
+	b.wantAgreement(t)
+
+	publishAll(t, b.queue, job)
+	second := receive(t, b.in.out)
+	settled(t, p.letGo(t.Context(), &work{delivery: second, log: p.log}))
+	b.in.stop(t)
+	b.wantAgreement(t)
+
+	t.Log("with the database away the delivery is settled all the same")
+	b.store.Close()
+	b.in = consume(t, b.queue, 1)
+	publishAll(t, b.queue, job)
+	settled(t, receive(t, b.in.out).Release())
+	settled(t, p.letGo(t.Context(), &work{delivery: receive(t, b.in.out), log: p.log}))
+}
+
+// The running program keeps the queue and the rows equal by itself.
+func TestProgramKeepsTheDeadQueue(t *testing.T) {
+	t.Parallel()
+	env := environment(serverEnv(t))
+	photos := newPhotoServer(t)
+	api := start(t, env)
+	p := api.settled(t, api.post(t, photos.URL+"/1", photos.URL+"/2", photos.URL+"/3").ID)
+	ch := rawChannel(t, env["AMQP_URL"])
+	awaitReady(t, ch, deadQueueName, 3)
+	var letters struct{ Items []deadLetterShown }
+	api.call(t, "GET", "/dead-letters", nil, &letters)
+	photos.serve("/1", jpegPhoto(t, 40, 40))
+	api.call(t, "POST", fmt.Sprintf("/dead-letters/%d/replay", letters.Items[0].ID), nil, nil)
+	awaitReady(t, ch, deadQueueName, 2)
+	api.call(t, "DELETE", fmt.Sprintf("/dead-letters/%d", letters.Items[1].ID), nil, nil)
+	awaitReady(t, ch, deadQueueName, 1)
+	if _, err := ch.QueuePurge(deadQueueName, false); err != nil {
+		t.Fatal(err)
+	}
+	awaitReady(t, ch, deadQueueName, 1)
+	if m := getRaw(t, ch, deadQueueName); m.MessageId != fmt.Sprint(letters.Items[2].ID) {
+		t.Errorf("the copy is of job %s, want %d", m.MessageId, letters.Items[2].ID)
+	}
+	awaitReady(t, ch, deadQueueName, 1)
+	api.call(t, "DELETE", fmt.Sprintf("/products/%d", p.ID), nil, nil)
+	awaitReady(t, ch, deadQueueName, 0)
+}

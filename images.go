@@ -236,7 +236,11 @@ func (s *store) settle(ctx context.Context, productID int64, apply func(tx queri
 
 // deletingTime is how long the deletion of an object may take before another
 // instance tries it.
-const deletingTime = 5 * time.Minute
+const deletingTime = time.Minute
+
+// garbageRetry is the wait before an object that storage did not delete is tried
+// again.
+const garbageRetry = 10 * time.Second
 
 const claimGarbage = `
 UPDATE garbage SET deleting = true, delete_at = $2
@@ -256,7 +260,8 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 	}
 	for _, key := range keys {
 		if err := remove(ctx, key); err != nil {
-			return len(keys), fmt.Errorf("delete object %s: %w", key, err)
+			_, giveBack := s.Exec(ctx, `UPDATE garbage SET delete_at = $1 WHERE deleting AND delete_at = $2`, s.now().Add(garbageRetry), until)
+			return len(keys), errors.Join(fmt.Errorf("delete object %s: %w", key, err), wrap("give garbage back", giveBack))
 		}
 		_, err := s.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND deleting AND delete_at = $2`, key, until)
 		if err != nil {

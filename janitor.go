@@ -8,8 +8,8 @@ import (
 )
 
 const (
-	garbageInterval = time.Minute
-	garbageBatch    = 100
+	garbageInterval = 15 * time.Second
+	garbageBatch    = 20
 	// removeTimeout is for the deletion of one object; garbageBatch of them must
 	// end before another instance may try the same, see deletingTime.
 	removeTimeout = deletingTime / garbageBatch

@@ -31,11 +31,11 @@ type monitor struct {
 	started time.Time
 
 	mu      sync.Mutex
-	samples []sample // oldest first, at most samplesKept
+	samples []monitorSample // oldest first, at most samplesKept
 }
 
-// sample is what happened in the time up to At, since the sample before.
-type sample struct {
+// monitorSample is what happened in the time up to At, since the sample before.
+type monitorSample struct {
 	At       time.Time
 	Workload *workload // nil while the database is away
 	counts             // of this instance
@@ -45,11 +45,11 @@ type sample struct {
 type counts struct {
 	Hits, Misses     uint64 // reads of a product through the cache
 	Requests, Errors uint64 // requests for products, and those that ended in a 5xx
-	latency          latencies
+	latency          latencyCounts
 }
 
-// latencies counts durations by durationBuckets; the last is for longer ones.
-type latencies [len(durationBuckets) + 1]uint64
+// latencyCounts counts durations by durationBuckets; the last is for longer ones.
+type latencyCounts [len(durationBuckets) + 1]uint64
 
 func newMonitor(db *store, log *slog.Logger) *monitor {
 	return &monitor{store: db, log: log, started: db.now()}
@@ -63,7 +63,7 @@ func (m *monitor) Run(ctx context.Context) error {
 	since, before := m.store.now().Add(-settleLag), m.counts()
 	for {
 		now := m.counts()
-		s := sample{At: m.store.now(), counts: now.since(before)}
+		s := monitorSample{At: m.store.now(), counts: now.since(before)}
 		until := s.At.Add(-settleLag)
 		work, err := m.workload(ctx, since, until)
 		if err == nil {
@@ -94,7 +94,7 @@ func (m *monitor) workload(ctx context.Context, since, until time.Time) (workloa
 	return work, err
 }
 
-func (m *monitor) keep(s sample) {
+func (m *monitor) keep(s monitorSample) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.samples) == samplesKept {
@@ -104,15 +104,15 @@ func (m *monitor) keep(s sample) {
 }
 
 // recent answers the samples, oldest first.
-func (m *monitor) recent() []sample {
+func (m *monitor) recent() []monitorSample {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return append([]sample(nil), m.samples...)
+	return append([]monitorSample(nil), m.samples...)
 }
 
 func (m *monitor) counts() counts {
 	c := m.traffic.counts()
-	c.Hits, c.Misses = cacheHits.Get(), cacheMisses.Get()
+	c.Hits, c.Misses = cacheLocalHits.Get()+cacheRedisHits.Get(), cacheMisses.Get()
 	return c
 }
 
@@ -130,7 +130,7 @@ func (c counts) since(before counts) counts {
 // traffic counts the requests for products. It is safe for concurrent use.
 type traffic struct {
 	errors  atomic.Uint64
-	latency [len(latencies{})]atomic.Uint64
+	latency [len(latencyCounts{})]atomic.Uint64
 }
 
 func (t *traffic) count(status int, duration time.Duration) {
@@ -155,7 +155,7 @@ func (t *traffic) counts() counts {
 
 // quantile estimates the duration in seconds which the share q of them does not
 // exceed: by its bucket, within which they count as spread evenly.
-func (l *latencies) quantile(q float64) float64 {
+func (l *latencyCounts) quantile(q float64) float64 {
 	var all float64
 	for _, n := range l {
 		all += float64(n)

@@ -96,7 +96,7 @@ func TestMonitorKeepsAnHour(t *testing.T) {
 	t.Parallel()
 	m := &monitor{}
 	for n := range samplesKept + 5 {
-		m.keep(sample{At: time.Unix(int64(n), 0)})
+		m.keep(monitorSample{At: time.Unix(int64(n), 0)})
 	}
 	kept := m.recent()
 	if len(kept) != samplesKept || kept[0].At.Unix() != 5 || kept[samplesKept-1].At.Unix() != samplesKept+4 {

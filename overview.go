@@ -66,7 +66,7 @@ func (s *server) overview(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-func (s sample) json() sampleJSON {
+func (s monitorSample) json() sampleJSON {
 	out := sampleJSON{
 		At:    jsonTime(s.At),
 		Cache: cacheSampleJSON{s.Hits, s.Misses},

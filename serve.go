@@ -17,10 +17,6 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// shutdownGrace is how long requests and images in hand have to finish after a
-// signal. It is less than the 30 s after which Kubernetes kills.
-const shutdownGrace = 25 * time.Second
-
 // The HTTP server's limits. WriteTimeout is longer than requestTimeout, so that
 // a slow database ends in an answer.
 const (
@@ -188,10 +184,10 @@ func (a *app) openCache() error {
 		a.cacheName = "none"
 	case a.RedisURL == "":
 		a.cacheName = "embedded"
-		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, memoryCacheBytes), a.CacheTTL, a.log)
+		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, a.CacheSize), a.CacheTTL, a.log)
 	default:
 		a.cacheName = "redis"
-		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.log)
+		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.CacheSize, a.log)
 		if err != nil {
 			return err
 		}
@@ -201,11 +197,19 @@ func (a *app) openCache() error {
 	return nil
 }
 
-// invalidate tells the cache that a product has changed, and the janitor that
-// the change may have left an object behind.
+// invalidate tells the cache that a product has changed.
 func (a *app) invalidate(id, version int64) {
 	if a.cache != nil {
 		a.cache.Invalidate(id, version)
+	}
+}
+
+// changed is invalidate, and tells the janitor that the change may have left an
+// object behind.
+func (a *app) changed(id, version int64) {
+	a.invalidate(id, version)
+	if version > 1 { // a new product leaves none
+		a.janitor.CollectSoon()
 	}
 }
 
@@ -332,7 +336,7 @@ func (a *app) runCache(ctx context.Context) error {
 func (a *app) process(ctx, stop context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(stop, func() { time.AfterFunc(shutdownGrace, cancel) })()
+	defer context.AfterFunc(stop, func() { time.AfterFunc(a.ShutdownGrace, cancel) })()
 	// The processors keep this many of Go's own busy; the others need theirs.
 	runtime.GOMAXPROCS(cpus + a.Image.Workers)
 	p := &pipeline{
@@ -356,7 +360,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		products:   a.reader(),
 		encoder:    encoder{a.objectURL},
 		wake:       a.dispatcher.Wake,
-		invalidate: func(id, version int64) { a.invalidate(id, version); a.janitor.CollectSoon() },
+		invalidate: a.changed,
 		replayed:   a.deadChanged,
 		parts:      a.parts,
 		console:    newConsole(),
@@ -387,12 +391,13 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	}
 	a.log.Info("stopping")
 	s.draining.Store(true)
+	<-time.After(a.ShutdownDelay) // requests are answered meanwhile
 	close(s.stopping)
-	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.ShutdownGrace)
 	defer cancel()
 	if err := web.Shutdown(grace); err != nil {
+		a.log.Warn("requests were still in work, breaking them off", "err", err)
 		web.Close()
-		return fmt.Errorf("requests were still in work after %v: %w", shutdownGrace, err)
 	}
 	return nil
 }
@@ -424,7 +429,7 @@ func (p *program) withInvalidation(ctx context.Context, do func(invalidate func(
 	if p.RedisURL == "" || p.RedisURL == "off" {
 		return do(func(int64, int64) {})
 	}
-	redis, err := newRedisCache(p.RedisURL, p.CacheTTL, p.log)
+	redis, err := newRedisCache(p.RedisURL, p.CacheTTL, p.CacheSize, p.log)
 	if err != nil {
 		return err
 	}
