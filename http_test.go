@@ -60,6 +60,9 @@ func (a *api) do(t *testing.T, method, target, body string, headers ...string) a
 	}
 	w := httptest.NewRecorder()
 	a.handler.ServeHTTP(w, r)
+	if err := checkExchange(r, []byte(body), w.Code, w.Result().Header, w.Body.Bytes()); err != nil {
+		t.Error(err)
+	}
 	out := answer{ResponseRecorder: w}
 	if strings.Contains(w.Header().Get("Content-Type"), "json") {
 		if err := json.Unmarshal(w.Body.Bytes(), &out.json); err != nil {
@@ -605,6 +608,9 @@ func TestEventsTellEachChangeAndEnd(t *testing.T) {
 	stream, err := io.ReadAll(response.Body)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if err := checkExchange(response.Request, nil, response.StatusCode, response.Header, stream); err != nil {
+		t.Error(err)
 	}
 	text := string(stream)
 	if strings.Count(text, "event: image\n") != 2 || !strings.HasSuffix(text, "event: done\ndata: {\"version\":3}\n\n") ||

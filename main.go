@@ -72,6 +72,7 @@ func commands() []command {
 		{"dead show", "ID", "shows one with the history of its attempts", deadShowCommand},
 		{"dead replay", "ID... | -all", "queues dead letters anew", deadReplayCommand},
 		{"dead discard", "ID...", "gives dead letters up for good", deadDiscardCommand},
+		{"version", "", "tells which build this is", versionCommand},
 	}
 }
 
