@@ -47,7 +47,8 @@ func TestProgramTellsItsBuild(t *testing.T) {
 	wanted := []string{"pms       ", "revision  ", "time      ", fmt.Sprintf("go        %s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH)}
 	// The go command notes the commit in a repository's own work tree only.
 	commit, err := exec.Command("git", "rev-parse", "HEAD").Output()
-	if info, statErr := os.Stat(".git"); err == nil && statErr == nil && info.IsDir() && !strings.Contains(os.Getenv("GOFLAGS"), "buildvcs") {
+	flags, _ := exec.Command("go", "env", "GOFLAGS").Output()
+	if info, statErr := os.Stat(".git"); err == nil && statErr == nil && info.IsDir() && !strings.Contains(string(flags), "buildvcs") {
 		wanted = append(wanted, strings.TrimSpace(string(commit)))
 	}
 	for _, want := range wanted {
