@@ -6,6 +6,8 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+
+	"github.com/getkin/kin-openapi/openapi3"
 )
 
 // Every refusal that the document has for an operation is provoked from what
@@ -76,11 +78,19 @@ func (op *documentedOperation) target(values map[string]string) string {
 	for _, p := range op.parameters() {
 		value, ok := values[p.Name]
 		if !ok {
-			value = fmt.Sprint(p.Example)
+			value = exampleOf(p)
 		}
 		target = strings.ReplaceAll(target, "{"+p.Name+"}", value)
 	}
 	return target
+}
+
+// exampleOf is the document's example of a parameter.
+func exampleOf(p *openapi3.Parameter) string {
+	for _, example := range p.Examples {
+		return fmt.Sprint(example.Value.Value)
+	}
+	return fmt.Sprint(p.Example)
 }
 
 // body is the document's example of a request body, or "".
