@@ -202,6 +202,16 @@ func TestManifestsStartTheProgram(t *testing.T) {
 	}
 }
 
+// stopsWithin is how long the program may take to end after SIGTERM.
+func (c container) stopsWithin(t *testing.T) time.Duration {
+	t.Helper()
+	loaded, err := loadConfig(func(name string) string { return c.settings[name] }, false)
+	if err != nil {
+		t.Fatalf("%s: %v", c.where, err)
+	}
+	return loaded.ShutdownDelay + loaded.ShutdownGrace
+}
+
 func composeContainers(t *testing.T) (found []container) {
 	t.Helper()
 	var file struct {
@@ -250,9 +260,6 @@ type podContainer struct {
 	}
 	Liveness  probe `yaml:"livenessProbe"`
 	Readiness probe `yaml:"readinessProbe"`
-	Lifecycle struct {
-		PreStop struct{ Sleep struct{ Seconds int } } `yaml:"preStop"`
-	}
 }
 
 type probe struct {
@@ -325,9 +332,10 @@ func readUnit(t *testing.T) map[string]string {
 // and workers are counted by the queue that there is.
 func TestManifestsFitTheProgram(t *testing.T) {
 	t.Parallel()
+	service := systemdService(t)
 	seconds, err := strconv.Atoi(readUnit(t)["TimeoutStopSec"])
-	if err != nil || time.Duration(seconds)*time.Second <= shutdownGrace {
-		t.Errorf("TimeoutStopSec is %d", seconds)
+	if needed := service.stopsWithin(t); err != nil || time.Duration(seconds)*time.Second < needed {
+		t.Errorf("TimeoutStopSec is %d, and the program takes %v", seconds, needed)
 	}
 	var queues []string
 	for _, m := range readManifests(t) {
@@ -335,15 +343,16 @@ func TestManifestsFitTheProgram(t *testing.T) {
 			if c.Liveness.HTTPGet.Path != "/healthz" || c.Readiness.HTTPGet.Path != "/readyz" {
 				t.Errorf("%s: probes %+v, %+v", m.Metadata.Name, c.Liveness, c.Readiness)
 			}
-			grace := time.Duration(m.Spec.Template.Spec.Grace-c.Lifecycle.PreStop.Sleep.Seconds) * time.Second
-			if grace < shutdownGrace {
-				t.Errorf("%s: is killed after %v", m.Metadata.Name, grace)
+			settings := make(map[string]string)
+			for _, variable := range c.Env {
+				settings[variable.Name] = variable.Value
+			}
+			grace := time.Duration(m.Spec.Template.Spec.Grace) * time.Second
+			if needed := (container{m.Metadata.Name, c.Args, settings}).stopsWithin(t); grace < needed {
+				t.Errorf("%s: is killed after %v, and takes %v", m.Metadata.Name, grace, needed)
 			}
 			port := fmt.Sprintf(":%d", c.Ports[0].ContainerPort)
-			listens := slices.ContainsFunc(c.Env, func(v struct{ Name, Value string }) bool {
-				return strings.HasSuffix(v.Name, "LISTEN_ADDR") && v.Value == port
-			})
-			if !listens {
+			if settings["LISTEN_ADDR"] != port && settings["WORKER_LISTEN_ADDR"] != port {
 				t.Errorf("%s: nothing listens on %s", m.Metadata.Name, port)
 			}
 		}

@@ -240,7 +240,9 @@ type refusedContent struct {
 func (c *refusedContent) WriteHeader(status int) {
 	if status >= http.StatusBadRequest {
 		c.status = status
-		c.Header().Del("Last-Modified")
+		for _, name := range []string{"Cache-Control", "Etag", "Last-Modified"} { // they are the image's
+			c.Header().Del(name)
+		}
 		return
 	}
 	c.ResponseWriter.WriteHeader(status)

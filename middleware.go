@@ -267,8 +267,6 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	p.Type, p.Title, p.RequestID = "about:blank", http.StatusText(p.Status), from.RequestID
 	body := encodeJSON(p)
 	header := w.Header()
-	header.Del("Etag")
-	header.Del("Cache-Control")
 	header.Set("Content-Type", "application/problem+json")
 	header.Set("Content-Length", strconv.Itoa(len(body)))
 	if rec, ok := w.(*recorder); ok && rec.unrouted != 0 {
