@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench consistency compare-images docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench api-check deploy-check consistency compare-images docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -70,6 +70,16 @@ govulncheck: $(bin)/staticcheck vet
 bench: servers tools
 	@REQUIRE_SERVERS=1 go test -run '^$$' -bench . -benchmem -count 6 . | tee .cache/bench.txt
 	@$(bin)/benchstat .cache/bench.txt
+
+## api-check: openapi.yaml by outside tools, against the running program (npm; Java for one of them)
+api-check:
+	@scripts/install-apicheck.sh
+	@scripts/api-check.sh
+
+## deploy-check: what can be said of the deployment files without deploying
+deploy-check:
+	@scripts/install-apicheck.sh
+	@scripts/deploy-check.sh
 
 ## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
 compare-images:

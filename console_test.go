@@ -32,6 +32,9 @@ func TestConsoleIsServed(t *testing.T) {
 			t.Errorf("the policy %q lacks %q", policy, wanted)
 		}
 	}
+	if again := a.do(t, "GET", "/", "", "If-None-Match", page.Header().Get("Etag")); again.Code != http.StatusNotModified || again.Body.Len() != 0 {
+		t.Errorf("the page asked for again: %d, %d bytes", again.Code, again.Body.Len())
+	}
 	files, err := consoleFiles.ReadDir("console")
 	if err != nil {
 		t.Fatal(err)

@@ -5,8 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"log/slog"
 	"math"
 	"net/http"
 	"strings"
@@ -107,7 +105,7 @@ func TestMonitorKeepsAnHour(t *testing.T) {
 // The first sample is taken at once, and shows in the overview and in /metrics.
 func TestOverviewShowsTheWorkload(t *testing.T) {
 	t.Parallel()
-	a := newMonitoredAPI(t)
+	a := newAPI(t)
 	p := create(t, a.store, "http://example.com/a.jpg")
 	for range 3 {
 		a.do(t, "GET", fmt.Sprintf("/products/%d", p.ID), "")
@@ -146,7 +144,7 @@ func TestOverviewShowsTheWorkload(t *testing.T) {
 // Without the database there are still samples, which say that it is away.
 func TestMonitorOutlivesTheDatabase(t *testing.T) {
 	t.Parallel()
-	a := newMonitoredAPI(t)
+	a := newAPI(t)
 	a.store.Close()
 	stop := runMonitor(t, a.monitor)
 	eventually(t, "there is a sample", func() bool { return len(a.monitor.recent()) > 0 })
@@ -154,14 +152,6 @@ func TestMonitorOutlivesTheDatabase(t *testing.T) {
 	if s := a.monitor.recent()[0]; s.Workload != nil || s.json().Images != nil {
 		t.Errorf("a sample without a database: %+v", s)
 	}
-}
-
-func newMonitoredAPI(t *testing.T) *api {
-	t.Helper()
-	a := newAPI(t)
-	a.monitor = newMonitor(a.store, slog.New(slog.NewTextHandler(io.Discard, nil)))
-	a.handler = a.routes()
-	return a
 }
 
 // runMonitor runs m until stop is called, which waits for its end.

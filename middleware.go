@@ -49,7 +49,7 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 		rec.route = unrouted
 	}
 	rec.route.count(rec.status, duration)
-	if s.monitor != nil && rec.route.watched {
+	if rec.route.watched {
 		s.monitor.traffic.count(rec.status, duration)
 	}
 	s.logRequest(rec, r, duration)
