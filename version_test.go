@@ -71,8 +71,8 @@ func TestWorkerListensForThoseWhoWatch(t *testing.T) {
 		}
 	}
 	eventually(t, "the worker is ready", func() bool { return statusOf(worker.url+"/readyz") == http.StatusOK })
-	if metrics := textOf(t, worker.url+"/metrics"); !strings.Contains(metrics, "pms_build_info{version=") {
-		t.Errorf("no build in the metrics:\n%s", metrics)
+	for _, name := range []string{"pms_build_info{version=", "pms_images_pending ", "pms_dead_letters "} {
+		eventually(t, "the worker's metrics have "+name, func() bool { return strings.Contains(textOf(t, worker.url+"/metrics"), "\n"+name) })
 	}
 }
 

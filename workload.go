@@ -27,14 +27,14 @@ var selectWorkload = fmt.Sprintf(`
 SELECT
 	(SELECT count(*) FROM (SELECT 1 FROM images WHERE status = 'pending' AND run_at IS NOT NULL LIMIT %[1]d) AS due),
 	(SELECT count(*) FROM (SELECT 1 FROM images WHERE status = 'pending' AND run_at IS NULL LIMIT %[1]d) AS published),
-	(SELECT count(*) FROM (SELECT 1 FROM images WHERE status = 'failed' AND discarded_at IS NULL LIMIT %[1]d) AS dead),
+	(SELECT count(*) FROM (SELECT 1 FROM images WHERE %[2]s LIMIT %[1]d) AS dead),
 	(SELECT count(*) FROM images WHERE ready_at > $1 AND ready_at <= $2),
-	(SELECT count(*) FROM images WHERE status = 'failed' AND discarded_at IS NULL AND failed_at > $1 AND failed_at <= $2)`,
-	workloadLimit)
+	(SELECT count(*) FROM images WHERE %[2]s AND failed_at > $1 AND failed_at <= $2)`,
+	workloadLimit, isDead)
 
 const (
 	selectOldestDue  = `SELECT run_at FROM images WHERE status = 'pending' AND run_at <= $1 ORDER BY run_at LIMIT 1`
-	selectOldestDead = `SELECT failed_at FROM images WHERE status = 'failed' AND discarded_at IS NULL AND failed_at <= $1 ORDER BY failed_at LIMIT 1`
+	selectOldestDead = `SELECT failed_at FROM images WHERE ` + isDead + ` AND failed_at <= $1 ORDER BY failed_at LIMIT 1`
 )
 
 // Workload reads the workload; Ready and Failed are of the time after since, up
