@@ -27,7 +27,11 @@ func TestDashboardAndAlertsUseMetricsThatExist(t *testing.T) {
 	program := startBinary(t, environment(serverEnv(t)))
 	photos := newPhotoServer(t)
 	program.settled(t, program.post(t, photos.serve("/a", jpegPhoto(t, 20, 20))).ID)
-	there := readSeries(textOf(t, program.url+"/metrics"))
+	var there series
+	eventually(t, "the workload is among the metrics", func() bool {
+		there = readSeries(textOf(t, program.url+"/metrics"))
+		return !slices.ContainsFunc(workloadMetrics, func(name string) bool { return there[name] == nil })
+	})
 	for file, queries := range map[string][]string{
 		"deploy/prometheus-alerts.yaml": alertQueries(t, "deploy/prometheus-alerts.yaml"),
 		"deploy/grafana-dashboard.json": dashboardQueries(t, "deploy/grafana-dashboard.json"),
