@@ -56,7 +56,12 @@ async function visit(t, path, { base = CONSOLE, look = looks[0], answers = [], f
 }
 
 const named = (page, role, name) => page.getByRole(role, { name, exact: true })
-const picture = (page, look, name) => page.screenshot({ path: `${pictures}/${look.width}-${look.colorScheme}-${name}.png` })
+
+/** Takes a picture, when images that are decoded have had a frame to be painted in. */
+async function picture(page, look, name) {
+  await page.evaluate(() => new Promise((painted) => requestAnimationFrame(() => requestAnimationFrame(painted))))
+  await page.screenshot({ path: `${pictures}/${look.width}-${look.colorScheme}-${name}.png` })
+}
 
 /** Calls the API past the console, as another client does. */
 async function api(method, path, body, base = CONSOLE, token = null) {
