@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench consistency compare-images docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench api-check deploy-check consistency compare-images docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -25,9 +25,10 @@ unit:
 	@$(call phase,go test -race)
 	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 4 -timeout 14m ./...
 
-## servers: PostgreSQL, Redis and RabbitMQ, from the distribution's packages
+## servers: PostgreSQL, Redis, RabbitMQ and a browser, from the distribution's packages
 servers:
 	@scripts/install-test-servers.sh
+	@scripts/install-test-browser.sh
 	@scripts/fetch-test-photos.sh
 	@$(call phase,servers are installed)
 
@@ -71,6 +72,16 @@ bench: servers tools
 	@go test -c -o .cache/bench.test .
 	@for round in 1 2 3 4 5 6; do REQUIRE_SERVERS=1 .cache/bench.test -test.run '^$$' -test.bench '$(BENCH)' -test.benchmem; done | tee .cache/bench.txt
 	@$(bin)/benchstat .cache/bench.txt
+
+## api-check: openapi.yaml by outside tools, against the running program (npm; Java for one of them)
+api-check:
+	@scripts/install-apicheck.sh
+	@scripts/api-check.sh
+
+## deploy-check: what can be said of the deployment files without deploying
+deploy-check:
+	@scripts/install-apicheck.sh
+	@scripts/deploy-check.sh
 
 ## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
 compare-images:

@@ -172,7 +172,7 @@ func benchmarkAPI(b *testing.B, products productReader, enc encoder) http.Handle
 	logs := newLogBuffer(log)
 	b.Cleanup(func() { logs.Flush(); log.Close() })
 	s := &server{
-		products: products, encoder: enc, stopping: make(chan struct{}),
+		products: products, encoder: enc, monitor: new(monitor), stopping: make(chan struct{}),
 		log: slog.New(slog.NewJSONHandler(logs, nil)),
 	}
 	return s.routes()

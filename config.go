@@ -22,6 +22,7 @@ import (
 // default of that part.
 type config struct {
 	ListenAddr    string
+	WorkerAddr    string // "": a worker does not listen
 	DatabaseURL   string
 	RedisURL      string // "off": no cache
 	AMQPURL       string
@@ -56,6 +57,7 @@ type setting struct {
 func (c *config) settings() []setting {
 	return []setting{
 		{"LISTEN_ADDR", "127.0.0.1:8080", "host:port to listen on; port 0 picks one", listenAddr(&c.ListenAddr)},
+		{"WORKER_LISTEN_ADDR", "", "host:port on which a worker answers /healthz, /readyz, /metrics and /debug/pprof/; else it does not listen", listenAddr(&c.WorkerAddr)},
 		{"DATABASE_URL", "", "PostgreSQL; else SQLite in DATA_DIR", databaseURL(&c.DatabaseURL)},
 		{"REDIS_URL", "", `Redis 6 or later, or "off"; else a cache in the process, or none if DATABASE_URL is set`, redisURL(&c.RedisURL)},
 		{"AMQP_URL", "", "RabbitMQ; else a queue in the process", urlOf(&c.AMQPURL, "amqp", "amqps")},
@@ -103,7 +105,7 @@ func loadConfig(getenv func(string) string, terminal bool) (config, error) {
 		}
 	}
 	if !given["AUTH"] {
-		c.Auth = !isLoopback(c.ListenAddr)
+		c.Auth = !isLoopback(c.ListenAddr) || c.WorkerAddr != "" && !isLoopback(c.WorkerAddr)
 	}
 	if given["S3_PUBLIC_URL"] && c.S3Bucket == "" {
 		errs = append(errs, errors.New("S3_PUBLIC_URL is set, but S3_BUCKET is not"))

@@ -26,27 +26,39 @@ func (s *server) healthz(w http.ResponseWriter, r *http.Request) error {
 // required makes the program degraded: products are accepted and read all the
 // same, so traffic should still come here.
 func (s *server) readyz(w http.ResponseWriter, r *http.Request) error {
-	states := checkParts(r.Context(), s.parts)
-	status, word := http.StatusOK, "ready"
+	ready := s.readiness(r.Context())
+	status := http.StatusOK
+	if ready.Status == "unavailable" || ready.Status == "stopping" {
+		status = http.StatusServiceUnavailable
+	}
+	w.Header().Set("Cache-Control", "no-store")
+	writeJSON(w, status, ready)
+	return nil
+}
+
+// readinessJSON is how the program is: "ready", "degraded", "unavailable" or
+// "stopping", and each part "ok" or "unavailable".
+type readinessJSON struct {
+	Status string            `json:"status"`
+	Parts  map[string]string `json:"parts"`
+}
+
+func (s *server) readiness(ctx context.Context) readinessJSON {
+	ready := readinessJSON{"ready", checkParts(ctx, s.parts)}
 	for _, p := range s.parts {
-		if states[p.name] == "ok" {
+		if ready.Parts[p.name] == "ok" {
 			continue
 		}
 		if p.required {
-			status, word = http.StatusServiceUnavailable, "unavailable"
-		} else if status == http.StatusOK {
-			word = "degraded"
+			ready.Status = "unavailable"
+			break
 		}
+		ready.Status = "degraded"
 	}
 	if s.draining.Load() {
-		status, word = http.StatusServiceUnavailable, "stopping"
+		ready.Status = "stopping"
 	}
-	w.Header().Set("Cache-Control", "no-store")
-	writeJSON(w, status, struct {
-		Status string            `json:"status"`
-		Parts  map[string]string `json:"parts"`
-	}{word, states})
-	return nil
+	return ready
 }
 
 // checkParts asks all parts at once how they are: "ok" or "unavailable". The

@@ -38,6 +38,8 @@ type server struct {
 	replayed   func()                  // dead letters were replayed or discarded
 	media      handler                 // serves stored objects; nil if S3 does
 	parts      []part                  // what readiness depends on
+	console    console
+	monitor    *monitor
 	authOn     bool
 	tokens     tokenCache
 	log        *slog.Logger
@@ -66,13 +68,31 @@ func (s *server) routes() http.Handler {
 	s.route(mux, "POST /dead-letters/replay", adminToken, s.replayDeadLetters)
 	s.route(mux, "DELETE /dead-letters/{id}", adminToken, s.discardDeadLetter)
 
-	s.route(mux, "GET /healthz", noToken, s.healthz)
-	s.route(mux, "GET /readyz", noToken, s.readyz)
-	s.route(mux, "GET /metrics", adminToken, s.metrics)
+	s.route(mux, "GET /{$}", noToken, s.console.page)
+	s.route(mux, "GET /console/{file}", noToken, s.console.file)
+	s.route(mux, "GET /overview", adminToken, s.overview)
+	s.route(mux, "GET /openapi.yaml", noToken, s.apiDescription)
 	if s.media != nil {
 		s.route(mux, "GET /media/{key...}", noToken, s.media)
 	}
+	s.operationRoutes(mux)
 	return s.observe(mux)
+}
+
+// workerRoutes are what a worker answers.
+func (s *server) workerRoutes() http.Handler {
+	mux := http.NewServeMux()
+	s.operationRoutes(mux)
+	return s.observe(mux)
+}
+
+// operationRoutes are for the machines and people that run the program.
+func (s *server) operationRoutes(mux *http.ServeMux) {
+	s.route(mux, "GET /healthz", noToken, s.healthz)
+	s.route(mux, "GET /readyz", noToken, s.readyz)
+	s.route(mux, "GET /metrics", adminToken, s.metrics)
+	s.route(mux, "GET /debug/pprof/{$}", adminToken, s.listProfiles)
+	s.route(mux, "GET /debug/pprof/{profile}", adminToken, s.profile)
 }
 
 // createProduct answers as soon as the product and its queued images are

@@ -32,10 +32,12 @@ func newAPI(t *testing.T) *api {
 	s := migratedStore(t, db)
 	enc := encoder{objectURL: func(key string) string { return "https://cdn.example/" + key }}
 	log := new(bytes.Buffer)
+	logger := slog.New(slog.NewJSONHandler(log, nil))
 	a := &api{log: log, server: &server{
 		store: s, products: newProductLoader(s, enc), encoder: enc,
 		wake: func() {}, invalidate: func(int64, int64) {}, replayed: func() {},
-		log: slog.New(slog.NewJSONHandler(log, nil)), stopping: make(chan struct{}),
+		log: logger, stopping: make(chan struct{}),
+		console: newConsole(), monitor: newMonitor(s, logger),
 	}}
 	a.handler = a.routes()
 	return a
@@ -59,6 +61,9 @@ func (a *api) do(t *testing.T, method, target, body string, headers ...string) a
 	}
 	w := httptest.NewRecorder()
 	a.handler.ServeHTTP(w, r)
+	if err := checkExchange(r, []byte(body), w.Code, w.Result().Header, w.Body.Bytes()); err != nil {
+		t.Error(err)
+	}
 	out := answer{ResponseRecorder: w}
 	if strings.Contains(w.Header().Get("Content-Type"), "json") {
 		if err := json.Unmarshal(w.Body.Bytes(), &out.json); err != nil {
@@ -603,6 +608,9 @@ func TestEventsTellEachChangeAndEnd(t *testing.T) {
 	stream, err := io.ReadAll(response.Body)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if err := checkExchange(response.Request, nil, response.StatusCode, response.Header, stream); err != nil {
+		t.Error(err)
 	}
 	text := string(stream)
 	if strings.Count(text, "event: image\n") != 2 || !strings.HasSuffix(text, "event: done\ndata: {\"version\":3}\n\n") ||

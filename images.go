@@ -136,7 +136,7 @@ var errReservationLost = errors.New("object reservation lost")
 
 const settleReady = `
 UPDATE images SET status = 'ready', object_key = $3, width = $4, height = $5, bytes = $6, source_bytes = $7,
-	run_at = NULL, lone_starts = 0, error_code = '', error_detail = ''
+	ready_at = $8, run_at = NULL, lone_starts = 0, error_code = '', error_detail = ''
 WHERE id = $1 AND status = 'pending' AND product_id = $2`
 
 // SettleReady makes the image refer to its stored object, as done carries it,
@@ -145,7 +145,7 @@ WHERE id = $1 AND status = 'pending' AND product_id = $2`
 func (s *store) SettleReady(ctx context.Context, job Job, done Image) (version int64, err error) {
 	version, err = s.settle(ctx, job.ProductID, func(tx querier) (int64, error) {
 		n, err := tx.Exec(ctx, settleReady, job.ID, job.ProductID,
-			done.Key, done.Width, done.Height, done.Bytes, done.SourceBytes)
+			done.Key, done.Width, done.Height, done.Bytes, done.SourceBytes, s.now())
 		if err != nil || n == 0 {
 			return n, err
 		}

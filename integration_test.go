@@ -315,15 +315,14 @@ func (i *instance) call(t *testing.T, method, path string, body, out any) *http.
 }
 
 func (i *instance) send(method, path string, body, out any) (*http.Response, error) {
-	var in io.Reader
+	var sent []byte
 	if body != nil {
-		data, err := json.Marshal(body)
-		if err != nil {
+		var err error
+		if sent, err = json.Marshal(body); err != nil {
 			return nil, err
 		}
-		in = bytes.NewReader(data)
 	}
-	request, err := http.NewRequest(method, i.url+path, in)
+	request, err := http.NewRequest(method, i.url+path, bytes.NewReader(sent))
 	if err != nil {
 		return nil, err
 	}
@@ -335,6 +334,9 @@ func (i *instance) send(method, path string, body, out any) (*http.Response, err
 	defer response.Body.Close()
 	data, err := io.ReadAll(response.Body)
 	if err != nil {
+		return nil, err
+	}
+	if err := checkExchange(request, sent, response.StatusCode, response.Header, data); err != nil {
 		return nil, err
 	}
 	if out != nil {
@@ -396,6 +398,9 @@ func (i *instance) settled(t *testing.T, id int64) shown {
 	stream, err := io.ReadAll(response.Body)
 	if err != nil || !bytes.Contains(stream, []byte("event: done\n")) {
 		t.Fatalf("the events of product %d ended with %v after\n%s", id, err, stream)
+	}
+	if err := checkExchange(request, nil, response.StatusCode, response.Header, stream); err != nil {
+		t.Error(err)
 	}
 	return i.get(t, id)
 }
@@ -540,6 +545,20 @@ func wantStored(t *testing.T, p shown, n int, contentType string, width, height,
 	if len(data) != got.Bytes || len(data) > sourceBytes {
 		t.Errorf("%d bytes are stored of %d, %d are told", len(data), sourceBytes, got.Bytes)
 	}
+}
+
+func textOf(t *testing.T, url string) string {
+	t.Helper()
+	response, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	data, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
 }
 
 func statusOf(url string) int {

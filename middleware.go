@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -48,6 +49,9 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 		rec.route = unrouted
 	}
 	rec.route.count(rec.status, duration)
+	if rec.route.watched {
+		s.monitor.traffic.count(rec.status, duration)
+	}
 	s.logRequest(rec, r, duration)
 }
 
@@ -149,12 +153,13 @@ func (s *server) route(mux *http.ServeMux, pattern string, access access, h hand
 // routeStats are the metrics of one route.
 type routeStats struct {
 	quiet    bool // asked every few seconds by machines: logged at level debug
+	watched  bool // part of what the overview says of requests
 	statuses [6]*metrics.Counter
 	duration *metrics.PrometheusHistogram
 }
 
 // durationBuckets reach from a cached read to a request that times out.
-var durationBuckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+var durationBuckets = [...]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 
 // unrouted counts the requests that no route took.
 var unrouted = newRouteStats("none")
@@ -162,7 +167,8 @@ var unrouted = newRouteStats("none")
 func newRouteStats(pattern string) *routeStats {
 	stats := &routeStats{
 		quiet:    pattern == "GET /healthz" || pattern == "GET /readyz" || pattern == "GET /metrics",
-		duration: metrics.GetOrCreatePrometheusHistogramExt(fmt.Sprintf(`http_request_duration_seconds{route=%q}`, pattern), durationBuckets),
+		watched:  strings.Contains(pattern, " /products") && !strings.HasSuffix(pattern, "/events"), // a stream's duration tells nothing
+		duration: metrics.GetOrCreatePrometheusHistogramExt(fmt.Sprintf(`http_request_duration_seconds{route=%q}`, pattern), durationBuckets[:]),
 	}
 	for class := 1; class <= 5; class++ {
 		stats.statuses[class] = metrics.GetOrCreateCounter(fmt.Sprintf(`http_requests_total{route=%q,code="%dxx"}`, pattern, class))

@@ -374,6 +374,7 @@ func (p *pipeline) settleReady(ctx context.Context, w *work) error {
 		return err
 	}
 	imagesReady.Inc()
+	countBytes(w.image)
 	p.invalidate(w.delivery.Job.ProductID, version)
 	w.log.Info("image ready", "attempt", w.image.Attempts+1, "duration", time.Since(w.started).Seconds(),
 		"width", w.image.Width, "height", w.image.Height, "bytes", w.image.Bytes, "source_bytes", w.image.SourceBytes)

@@ -66,6 +66,7 @@ CREATE TABLE images (
     run_at       timestamptz,
     claim        bigint NOT NULL DEFAULT 0, -- the dispatcher's, while it publishes; run_at is then its lease
     published_at timestamptz,
+    ready_at     timestamptz,
     failed_at    timestamptz,
     discarded_at timestamptz,
     error_code   text NOT NULL DEFAULT '',
@@ -82,6 +83,9 @@ CREATE TABLE images (
 CREATE INDEX images_product   ON images (product_id, position);
 CREATE INDEX images_due       ON images (run_at) WHERE status = 'pending' AND run_at IS NOT NULL;
 CREATE INDEX images_published ON images (published_at) WHERE status = 'pending' AND run_at IS NULL;
+
+-- How many became ready in a time, see Workload.
+CREATE INDEX images_ready ON images (ready_at) WHERE ready_at IS NOT NULL;
 
 -- The dead letters: a page by id of all, or of those that a filter selects.
 CREATE INDEX images_dead       ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;

@@ -54,6 +54,7 @@ CREATE TABLE images (
     run_at       TIMESTAMP,
     claim        INTEGER NOT NULL DEFAULT 0,
     published_at TIMESTAMP,
+    ready_at     TIMESTAMP,
     failed_at    TIMESTAMP,
     discarded_at TIMESTAMP,
     error_code   TEXT NOT NULL DEFAULT '',
@@ -71,6 +72,7 @@ CREATE INDEX images_product   ON images (product_id, position);
 CREATE INDEX images_due       ON images (run_at) WHERE status = 'pending' AND run_at IS NOT NULL;
 CREATE INDEX images_published ON images (published_at) WHERE status = 'pending' AND run_at IS NULL;
 
+CREATE INDEX images_ready      ON images (ready_at) WHERE ready_at IS NOT NULL;
 CREATE INDEX images_dead       ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;
 CREATE INDEX images_dead_code  ON images (error_code, id) WHERE status = 'failed' AND discarded_at IS NULL;
 CREATE INDEX images_dead_host  ON images (host, id) WHERE status = 'failed' AND discarded_at IS NULL;

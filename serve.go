@@ -51,6 +51,7 @@ type app struct {
 	parts      []part
 	dispatcher *dispatcher
 	janitor    *janitor
+	monitor    *monitor
 	dead       *deadKeeper // nil: the queue keeps no copies of dead letters
 	listener   net.Listener
 	migrated   chan struct{} // closed when the database has its schema
@@ -89,10 +90,12 @@ func (p *program) missingFor(name string) (missing []string) {
 // open chooses the parts. Those that are servers connect when they run, so the
 // program starts while they are away.
 func (a *app) open(ctx context.Context) (err error) {
-	if a.name != "worker" {
-		if a.listener, err = net.Listen("tcp", a.ListenAddr); err != nil {
+	if addr := a.listenAddr(); addr != "" {
+		if a.listener, err = net.Listen("tcp", addr); err != nil {
 			return err
 		}
+	}
+	if a.name != "worker" {
 		a.publicURL = strings.TrimSuffix(a.PublicURL, "/")
 		if a.publicURL == "" {
 			a.publicURL = "http://" + a.listener.Addr().String()
@@ -111,11 +114,20 @@ func (a *app) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
+	a.monitor = newMonitor(a.store, a.log)
 	a.janitor = newJanitor(a.store, a.blobs, a.log)
 	if copies, ok := a.queue.(deadQueue); ok {
 		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
 	}
 	return nil
+}
+
+// listenAddr is where this command listens, or "" if nowhere.
+func (a *app) listenAddr() string {
+	if a.name == "worker" {
+		return a.WorkerAddr
+	}
+	return a.ListenAddr
 }
 
 func (a *app) close() {
@@ -232,7 +244,8 @@ func (a *app) run(ctx context.Context) error {
 			return context.Cause(backCtx)
 		}
 	})
-	if a.name != "worker" {
+	if a.listener != nil { // whoever may ask for /metrics gets those of the workload too
+		back.Go(func() error { return a.afterMigration(backCtx, a.monitor.Run) })
 		front.Go(func() error { return a.serveHTTP(frontCtx) })
 	}
 	if a.name != "api" {
@@ -259,9 +272,11 @@ func (a *app) logStart() {
 		}
 		return server
 	}
-	a.log.Info("starting", "command", a.name, "store", kind(a.DatabaseURL, "postgres"), "queue", kind(a.AMQPURL, "rabbitmq"),
+	build := readBuild()
+	build.expose()
+	a.log.Info("starting", "command", a.name, "version", build.version, "store", kind(a.DatabaseURL, "postgres"), "queue", kind(a.AMQPURL, "rabbitmq"),
 		"cache", a.cacheName, "blobs", kind(a.S3Bucket, "s3"), "auth", a.Auth)
-	if !a.Auth && a.listener != nil && !isLoopback(a.ListenAddr) {
+	if !a.Auth && a.listener != nil && !isLoopback(a.listenAddr()) {
 		a.log.Warn("authentication is off: whoever reaches the address may change everything", "addr", a.listener.Addr().String())
 	}
 	if a.FetchLimits.AllowPrivate {
@@ -360,6 +375,8 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		invalidate: a.changed,
 		replayed:   a.deadChanged,
 		parts:      a.parts,
+		console:    newConsole(),
+		monitor:    a.monitor,
 		authOn:     a.Auth,
 		log:        a.log,
 		stopping:   make(chan struct{}),
@@ -367,8 +384,12 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	if a.media != nil {
 		s.media = a.media.serve
 	}
+	routes := s.routes
+	if a.name == "worker" {
+		routes = s.workerRoutes
+	}
 	web := &http.Server{
-		Handler:           s.routes(),
+		Handler:           routes(),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,

@@ -70,7 +70,7 @@ func TestMain(m *testing.M) {
 			flag.Set("test.parallel", "1") // the flag is always there
 		}
 		defer os.Remove(programFile())
-		return m.Run()
+		return unseenAnswers(m.Run())
 	}))
 }
 

@@ -1,0 +1,343 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+)
+
+// documentedAPI is openapi.yaml, ready to hold exchanges against it, and what
+// the tests have seen of it.
+type documentedAPI struct {
+	spec       *openapi3.T
+	mux        *http.ServeMux // finds an operation's pattern, as "GET /products/{id}"
+	operations map[string]*documentedOperation
+	mu         sync.Mutex
+	seen       map[string]bool // "GET /products/{id} 200"
+}
+
+type documentedOperation struct {
+	*openapi3.Operation
+	method, path string
+	item         *openapi3.PathItem
+}
+
+func (op *documentedOperation) pattern() string { return op.method + " " + op.path }
+
+// parameters are those of the operation and those of its path.
+func (op *documentedOperation) parameters() (all []*openapi3.Parameter) {
+	for _, list := range []openapi3.Parameters{op.item.Parameters, op.Parameters} {
+		for _, p := range list {
+			all = append(all, p.Value)
+		}
+	}
+	return all
+}
+
+// openDocument reads the document once.
+var openDocument = sync.OnceValues(func() (*documentedAPI, error) {
+	spec, err := openapi3.NewLoader().LoadFromData(apiDocument)
+	if err != nil {
+		return nil, fmt.Errorf("read openapi.yaml: %w", err)
+	}
+	if err := spec.Validate(context.Background()); err != nil {
+		return nil, fmt.Errorf("openapi.yaml: %w", err)
+	}
+	d := &documentedAPI{spec: spec, mux: http.NewServeMux(), operations: make(map[string]*documentedOperation), seen: make(map[string]bool)}
+	for path, item := range spec.Paths.Map() {
+		for method, operation := range item.Operations() {
+			op := &documentedOperation{operation, method, path, item}
+			d.operations[op.pattern()] = op
+			pattern := op.pattern()
+			if strings.HasSuffix(path, "/") {
+				pattern += "{$}"
+			}
+			d.mux.HandleFunc(pattern, func(http.ResponseWriter, *http.Request) {})
+		}
+	}
+	return d, nil
+})
+
+func described(t testing.TB) *documentedAPI {
+	t.Helper()
+	d, err := openDocument()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// httpExchange is a request and its answer, with their bodies.
+type httpExchange struct {
+	request  *http.Request
+	sent     []byte
+	status   int
+	header   http.Header
+	received []byte
+}
+
+// checkExchange says what in an exchange is not as openapi.yaml has it. The
+// helpers through which tests speak HTTP pass every exchange here.
+func checkExchange(r *http.Request, sent []byte, status int, header http.Header, received []byte) error {
+	d, err := openDocument()
+	if err != nil {
+		return err
+	}
+	x := httpExchange{r, sent, status, header, received}
+	op := d.find(r)
+	if op == nil {
+		err = d.checkUnrouted(x)
+	} else if err = d.checkAnswer(op, x); err == nil {
+		err = d.checkRequest(op, x)
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s is answered with %d, and not as openapi.yaml has it: %w", r.Method, r.URL, status, err)
+	}
+	return nil
+}
+
+// find finds the operation of a request, or nil.
+func (d *documentedAPI) find(r *http.Request) *documentedOperation {
+	_, pattern := d.mux.Handler(&http.Request{Method: r.Method, URL: r.URL})
+	method, path, _ := strings.Cut(strings.TrimSuffix(pattern, "{$}"), " ")
+	return d.operations[method+" "+path]
+}
+
+// checkUnrouted checks the answer to a request that the document does not have.
+func (d *documentedAPI) checkUnrouted(x httpExchange) error {
+	var allowed []string
+	for _, method := range []string{"DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"} {
+		if d.find(&http.Request{Method: method, URL: x.request.URL}) != nil {
+			allowed = append(allowed, method)
+		}
+	}
+	want := http.StatusNotFound
+	if allowed != nil {
+		want = http.StatusMethodNotAllowed
+	}
+	if x.status != want || x.header.Get("Allow") != strings.Join(allowed, ", ") {
+		return fmt.Errorf("it has the methods %v, so the status should be %d; Allow is %q", allowed, want, x.header.Get("Allow"))
+	}
+	return d.matches("Problem", x.received)
+}
+
+// matches checks JSON against one of the document's schemas.
+func (d *documentedAPI) matches(schema string, data []byte) error {
+	var value any
+	if err := json.Unmarshal(data, &value); err != nil {
+		return err
+	}
+	return d.spec.Components.Schemas[schema].Value.VisitJSON(value, openapi3.EnableJSONSchema2020())
+}
+
+func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) error {
+	documented := op.Responses.Status(x.status)
+	if documented == nil {
+		return fmt.Errorf("%s has no such status: %s", op.pattern(), x.received)
+	}
+	if err := checkHeaders(documented.Value.Headers, x.header); err != nil {
+		return err
+	}
+	if err := d.checkBody(documented.Value.Content, x); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.seen[fmt.Sprintf("%s %d", op.pattern(), x.status)] = true
+	return nil
+}
+
+// everywhere are headers of every answer, of which the document tells in its
+// description or which say nothing about the service.
+var everywhere = []string{"Connection", "Content-Length", "Content-Type", "Date", "Traceparent", "Transfer-Encoding", "X-Content-Type-Options"}
+
+func checkHeaders(documented openapi3.Headers, got http.Header) error {
+	unknown := maps.Clone(got)
+	for _, name := range everywhere {
+		delete(unknown, name)
+	}
+	for name, ref := range documented {
+		values := got.Values(name)
+		delete(unknown, http.CanonicalHeaderKey(name))
+		switch {
+		case len(values) > 1 || len(values) == 0 && ref.Value.Required:
+			return fmt.Errorf("the header %s has the values %q", name, values)
+		case len(values) == 0:
+			continue
+		}
+		var value any = values[0]
+		if ref.Value.Schema.Value.Type.Is("integer") {
+			number, err := strconv.ParseFloat(values[0], 64)
+			if err != nil {
+				return fmt.Errorf("the header %s: %w", name, err)
+			}
+			value = number
+		}
+		if err := ref.Value.Schema.Value.VisitJSON(value, openapi3.EnableJSONSchema2020()); err != nil {
+			return fmt.Errorf("the header %s: %w", name, err)
+		}
+	}
+	if len(unknown) > 0 {
+		return fmt.Errorf("the headers %v are not documented", unknown)
+	}
+	return nil
+}
+
+func (d *documentedAPI) checkBody(documented openapi3.Content, x httpExchange) error {
+	if x.request.Method == http.MethodHead { // net/http drops the body, a recorder keeps it
+		return nil
+	}
+	if len(documented) == 0 {
+		if len(x.received) > 0 {
+			return fmt.Errorf("there should be no body: %q", x.received)
+		}
+		return nil
+	}
+	kind, _, _ := strings.Cut(x.header.Get("Content-Type"), ";")
+	media := documented[kind]
+	switch {
+	case media == nil:
+		return fmt.Errorf("the body is %q", kind)
+	case strings.HasSuffix(kind, "json"):
+		var value any
+		if err := json.Unmarshal(x.received, &value); err != nil {
+			return err
+		}
+		return media.Schema.Value.VisitJSON(value, openapi3.EnableJSONSchema2020())
+	case kind == "text/event-stream":
+		return d.checkEvents(x.received)
+	}
+	return nil
+}
+
+// checkEvents checks a stream of server-sent events: the data of an event
+// "image" is an ImageEvent.
+func (d *documentedAPI) checkEvents(stream []byte) error {
+	for event := range strings.SplitSeq(string(stream), "\n\n") {
+		if event == "" || event == ":" {
+			continue
+		}
+		name, data, ok := strings.Cut(strings.TrimPrefix(event, "event: "), "\ndata: ")
+		schema := strings.ToUpper(name[:1]) + name[1:] + "Event"
+		if !ok || d.spec.Components.Schemas[schema] == nil {
+			return fmt.Errorf("there is no such event: %q", event)
+		}
+		if err := d.matches(schema, []byte(data)); err != nil {
+			return fmt.Errorf("the event %q: %w", event, err)
+		}
+	}
+	return nil
+}
+
+// beyondSchema are the reasons for which a request is refused that JSON Schema
+// cannot tell; the document tells them in words.
+var beyondSchema = regexp.MustCompile(`there is no such user|must have at most two decimals|is not a cursor of this list|` +
+	`the character NUL|must be a number or a decimal string|must not contain a user name|at most 2048 bytes|` +
+	`must be the host of a URL|must be a time as in RFC 3339`)
+
+// checkRequest checks that a request which was accepted is one that the
+// document allows, and that one refused for its values is not.
+func (d *documentedAPI) checkRequest(op *documentedOperation, x httpExchange) error {
+	accepted, refused := x.status < 400, x.status == http.StatusUnprocessableEntity
+	if !accepted && !refused {
+		return nil
+	}
+	err := d.validRequest(op, x)
+	if accepted && err != nil {
+		return fmt.Errorf("the request was accepted: %w", err)
+	}
+	var p problem
+	if refused && err == nil && json.Unmarshal(x.received, &p) == nil && len(p.Errors) > 0 &&
+		!slices.ContainsFunc(p.Errors, func(e fieldError) bool { return beyondSchema.MatchString(e.Detail) }) {
+		return fmt.Errorf("the request is allowed by the document: %s is refused with %v", x.sent, p.Errors)
+	}
+	return nil
+}
+
+func (d *documentedAPI) validRequest(op *documentedOperation, x httpExchange) error {
+	r := x.request.Clone(context.Background())
+	r.Body = io.NopCloser(bytes.NewReader(x.sent))
+	for name := range r.URL.Query() {
+		if !slices.ContainsFunc(op.parameters(), func(p *openapi3.Parameter) bool { return p.In == "query" && p.Name == name }) {
+			return fmt.Errorf("the query parameter %q is not documented", name)
+		}
+	}
+	params := make(map[string]string)
+	d.mux.ServeHTTP(httptest.NewRecorder(), r) // sets the path's values
+	for _, p := range op.parameters() {
+		if p.In == "path" {
+			params[p.Name] = r.PathValue(p.Name)
+		}
+	}
+	return openapi3filter.ValidateRequest(r.Context(), &openapi3filter.RequestValidationInput{
+		Request: r, PathParams: params,
+		Route:   &routers.Route{Spec: d.spec, Path: op.path, PathItem: op.item, Method: op.method, Operation: op.Operation},
+		Options: &openapi3filter.Options{AuthenticationFunc: openapi3filter.NoopAuthenticationFunc, SkipSettingDefaults: true},
+	})
+}
+
+// neverSeen are answers in the document that no test provokes, with the reason.
+var neverSeen = map[string]string{
+	"GET /media/products/{product}/{file} 500": "needs a file that may not be read, and the tests may run as root",
+}
+
+// unseenAnswers fails a run of all tests after which some documented answer
+// was never seen. code is that of the tests.
+func unseenAnswers(code int) int {
+	d, err := openDocument()
+	if code != 0 || err != nil || !allTestsRan() {
+		return code
+	}
+	for pattern, op := range d.operations {
+		for status := range op.Responses.Map() {
+			answer := pattern + " " + status
+			if d.seen[answer] == (neverSeen[answer] != "") {
+				fmt.Fprintf(os.Stderr, "openapi.yaml has %q; seen by a test: %t, excused: %t\n", answer, d.seen[answer], !d.seen[answer])
+				code = 1
+			}
+		}
+	}
+	return code
+}
+
+// allTestsRan says whether the command line left no test out.
+func allTestsRan() bool {
+	for _, name := range []string{"run", "skip", "list", "fuzz", "fuzzworker"} {
+		if f := flag.Lookup("test." + name); f != nil && f.Value.String() != f.DefValue {
+			return false
+		}
+	}
+	return true
+}
+
+func TestTheDocumentHasEveryRoute(t *testing.T) {
+	t.Parallel()
+	d, a := described(t), newTokenAPI(t)
+	metrics := a.do(t, "GET", "/metrics", "", "Authorization", a.admin).Body.String()
+	var routes []string
+	for _, match := range regexp.MustCompile(`http_requests_total\{route="([A-Z]+ [^"]+)",code="2xx"`).FindAllStringSubmatch(metrics, -1) {
+		route := strings.Replace(strings.TrimSuffix(match[1], "{$}"), "/media/{key...}", "/media/products/{product}/{file}", 1)
+		routes = append(routes, route)
+	}
+	slices.Sort(routes)
+	if documented := slices.Sorted(maps.Keys(d.operations)); !slices.Equal(routes, documented) {
+		t.Errorf("the program has the routes\n%q\nthe document\n%q", routes, documented)
+	}
+}
