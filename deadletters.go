@@ -78,6 +78,7 @@ func (s *store) ReplayDead(ctx context.Context, id int64) (productID, version in
 	version, err = s.settle(ctx, d.ProductID, func(tx querier) (int64, error) {
 		return tx.Exec(ctx, replayDead, id, s.now())
 	})
+	point("replayed")
 	return d.ProductID, version, wrap(fmt.Sprintf("replay dead letter %d", id), err)
 }
 

@@ -35,6 +35,7 @@ type instance struct {
 	log  *watchedLog
 	stop func() error // as SIGTERM does, and waits for the end
 	kill func()       // as SIGKILL does; only a process can be killed
+	wait func() error // until it ends by itself; only a process does
 	pid  int
 }
 
@@ -77,8 +78,22 @@ func start(t *testing.T, env map[string]string, args ...string) *instance {
 // startBinary runs the program as a process of its own.
 func startBinary(t *testing.T, env map[string]string, args ...string) *instance {
 	t.Helper()
+	i := launchProgram(t, programPath(t), env, args...)
+	i.awaitStart(t, args)
+	return i
+}
+
+// launchProgram starts a program and does not wait until it works. It ends with
+// the test.
+func launchProgram(t *testing.T, path string, env map[string]string, args ...string) *instance {
+	t.Helper()
+	r, err := theReaper()
+	if err != nil {
+		t.Fatal(err)
+	}
 	i := &instance{log: newWatchedLog()}
-	cmd := exec.Command(programPath(t), args...)
+	cmd := exec.Command(path, args...)
+	cmd.SysProcAttr = groupAttr(nil)
 	cmd.Stderr = i.log
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}
 	for name, value := range env {
@@ -89,21 +104,22 @@ func startBinary(t *testing.T, env map[string]string, args ...string) *instance 
 		t.Fatal(err)
 	}
 	i.pid = cmd.Process.Pid
-	wait := sync.OnceValue(func() error {
+	r.watch(i.pid, syscall.SIGKILL)
+	i.wait = sync.OnceValue(func() error {
 		err := cmd.Wait()
+		r.forget(i.pid)
 		i.log.Close()
 		return err
 	})
 	i.stop = func() error {
 		cmd.Process.Signal(syscall.SIGTERM)
-		return wait()
+		return i.wait()
 	}
 	i.kill = func() {
 		cmd.Process.Kill()
-		wait()
+		i.wait()
 	}
 	t.Cleanup(func() { i.kill(); i.dumpIfFailed(t) })
-	i.awaitStart(t, args)
 	return i
 }
 
@@ -299,6 +315,11 @@ func (i *instance) call(t *testing.T, method, path string, body, out any) *http.
 }
 
 func (i *instance) send(method, path string, body, out any) (*http.Response, error) {
+	return i.sendWith(method, path, body, nil, out)
+}
+
+// sendWith is send with more header fields.
+func (i *instance) sendWith(method, path string, body any, header http.Header, out any) (*http.Response, error) {
 	var in io.Reader
 	if body != nil {
 		data, err := json.Marshal(body)
@@ -311,6 +332,7 @@ func (i *instance) send(method, path string, body, out any) (*http.Response, err
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(request.Header, header)
 	request.Header.Set("Content-Type", "application/json")
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {

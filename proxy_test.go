@@ -67,6 +67,18 @@ func (p *tcpProxy) Cut() {
 	})
 }
 
+// Reset breaks all connections off with a TCP reset, and accepts new ones.
+func (p *tcpProxy) Reset() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for conn := range p.conns {
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			tcp.SetLinger(0)
+		}
+		conn.Close()
+	}
+}
+
 // Stall lets no byte through, either way, and keeps connections open; new ones
 // are accepted and go nowhere. What was sent meanwhile arrives after Restore.
 func (p *tcpProxy) Stall() {

@@ -232,12 +232,18 @@ func (q *rabbitQueue) ensureTopology(ctx context.Context, link *amqpLink) error 
 		if err != nil {
 			return fmt.Errorf("make published jobs due again: %w", err)
 		}
+		point("queue refilled")
 		q.log.Info("work queue is missing, creating it", "queue", workQueueName, "republish", n)
 	}
 	if err := link.declare(ctx, deadQueueName, deadQueueArgs()); err != nil {
 		return err
 	}
-	return link.declare(ctx, workQueueName, workQueueArgs())
+	point("dead queue declared")
+	if err := link.declare(ctx, workQueueName, workQueueArgs()); err != nil {
+		return err
+	}
+	point("work queue declared")
+	return nil
 }
 
 // workQueueArgs asks for dead-lettering that survives a crash of the broker,
@@ -399,8 +405,16 @@ func (p *amqpPublisher) publish(ctx context.Context, jobs []Job) (refused []Job,
 		if confirms, err = p.send(jobs); err != nil {
 			return err
 		}
+		point("published")
+		if leftOut("confirms") {
+			return nil
+		}
 		return p.await(confirms)
 	})
+	if leftOut("confirms") {
+		return nil, err
+	}
+	point("confirmed")
 	returned := p.drainReturns()
 	for i, job := range jobs {
 		if i >= len(confirms) || !confirms[i].Acked() || returned[messageID(job)] {

@@ -229,8 +229,10 @@ func sweepMessage(message amqp.Delivery, keep func(Job) (bool, error), poisoned 
 	if stays {
 		return nil
 	}
+	point("dead copy looked at")
 	if err := message.Ack(false); err != nil {
 		return fmt.Errorf("remove dead copy of job %d: %w", job.ID, err)
 	}
+	point("dead copy removed")
 	return nil
 }

@@ -49,7 +49,7 @@ const (
 
 // sharedVHosts is how many tests can use the shared RabbitMQ, each with a
 // virtual host; each costs the start 25 ms, and many of them more than that.
-const sharedVHosts = 64
+const sharedVHosts = 112
 
 // setupTimeout bounds what a test's own database, queue or bucket may take.
 const setupTimeout = 30 * time.Second
@@ -64,6 +64,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(asProgramVar) != "" {
+		runAsProgram()
+	}
 	os.Exit(reapOrRun(func() int {
 		flag.Parse()
 		if os.Getenv(testRedisVar) != "" || os.Getenv(testAMQPVar) != "" {

@@ -247,6 +247,7 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 	if err != nil {
 		return Product{}, fmt.Errorf("create product: %w", err)
 	}
+	point("product created")
 	return p, nil
 }
 
@@ -336,6 +337,7 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 	if err != nil {
 		return Product{}, fmt.Errorf("update product %d: %w", id, err)
 	}
+	point("product changed")
 	return p, nil
 }
 
@@ -447,6 +449,7 @@ func (s *store) DeleteProduct(ctx context.Context, id int64, allow func(Product)
 	if err != nil {
 		return fmt.Errorf("delete product %d: %w", id, err)
 	}
+	point("product deleted")
 	return nil
 }
 
