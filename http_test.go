@@ -129,7 +129,7 @@ func TestOptionalFieldsHaveDefaults(t *testing.T) {
 
 func TestBodiesThatAreNoProduct(t *testing.T) {
 	t.Parallel()
-	long := strings.Repeat("é", maxNameLength+1)
+	long := strings.Repeat("é", 201)
 	type wrong struct {
 		body   string
 		status int
@@ -176,7 +176,7 @@ func TestBodiesThatAreNoProduct(t *testing.T) {
 		"name too long":        one("product_name", `"`+long+`"`),
 		"name with NUL":        one("product_name", `"a\u0000b"`),
 		"description object":   one("product_description", `{}`),
-		"description too long": one("product_description", `"`+strings.Repeat("x", maxDescriptionLength+1)+`"`),
+		"description too long": one("product_description", `"`+strings.Repeat("x", 10_001)+`"`),
 		"price null":           one("product_price", "null"),
 		"price negative":       one("product_price", "-0.01"),
 		"price too large":      one("product_price", "10000000000"),
@@ -184,7 +184,7 @@ func TestBodiesThatAreNoProduct(t *testing.T) {
 		"price text":           one("product_price", `"cheap"`),
 		"price true":           one("product_price", "true"),
 		"images text":          one("product_images", `"https://example.com/a.jpg"`),
-		"too many images":      one("product_images", "["+strings.Repeat(`"https://e.example/",`, maxImages)+`"https://e.example/"]`),
+		"too many images":      one("product_images", "["+strings.Repeat(`"https://e.example/",`, 20)+`"https://e.example/"]`),
 		"image null":           image("null"),
 		"image number":         image("1"),
 		"image empty":          image(`""`),
@@ -208,9 +208,9 @@ func TestBodiesThatAreNoProduct(t *testing.T) {
 func TestLimitsAreWithin(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
-	images := strings.Repeat(`"https://example.com/a.jpg",`, maxImages-1) + `"https://example.com/a.jpg"`
+	images := strings.Repeat(`"https://example.com/a.jpg",`, 19) + `"https://example.com/a.jpg"`
 	body := fmt.Sprintf(`{"user_id":1,"product_name":%q,"product_description":%q,"product_price":9999999999.99,"product_images":[%s]}`,
-		strings.Repeat("é", maxNameLength), strings.Repeat("é", maxDescriptionLength), images)
+		strings.Repeat("é", 200), strings.Repeat("é", 10_000), images)
 	got := a.do(t, "POST", "/products", body)
 	if got.Code != 201 || !strings.Contains(got.Body.String(), `"product_price":9999999999.99,`) {
 		t.Errorf("status %d: %s", got.Code, got.Body)
@@ -223,10 +223,10 @@ func TestBodySizeAndType(t *testing.T) {
 	exact := func(size int) string {
 		return `{"user_id":1,"product_name":"x","product_price":1` + strings.Repeat(" ", size-len(`{"user_id":1,"product_name":"x","product_price":1}`)) + `}`
 	}
-	if got := a.do(t, "POST", "/products", exact(maxBody)); got.Code != 201 {
+	if got := a.do(t, "POST", "/products", exact(1<<20)); got.Code != 201 {
 		t.Errorf("a body of the largest size: %d %s", got.Code, got.Body)
 	}
-	a.do(t, "POST", "/products", exact(maxBody+1)).wantProblem(t, 413)
+	a.do(t, "POST", "/products", exact(1<<20+1)).wantProblem(t, 413)
 	a.do(t, "POST", "/products", shoe, "Content-Type", "text/plain").wantProblem(t, 415)
 	a.do(t, "POST", "/products", shoe, "Content-Type", "application/json; charset=latin1").wantProblem(t, 415)
 	a.do(t, "PUT", "/products/1", shoe, "Content-Type", "application/merge-patch+json").wantProblem(t, 415)
@@ -243,8 +243,9 @@ func TestBodySizeAndType(t *testing.T) {
 func TestPathsThatLeadNowhere(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
-	for _, target := range []string{"/product", "/products/", "/products/1/x", "/products/1", "/products/0", "/products/-1", "/products/+1", "/products/01", "/products/x",
-		"/products/99999999999999999999", "/products/1%2F2", "/dead-letters/1", "/products/1/events", "/media/x"} {
+	a.do(t, "POST", "/products", shoe) // product 1, which has one path only
+	for _, target := range []string{"/product", "/products/", "/products/1/x", "/products/2", "/products/0", "/products/-1", "/products/+1", "/products/01", "/products/x",
+		"/products/99999999999999999999", "/products/1%2F2", "/dead-letters/1", "/products/2/events", "/media/x"} {
 		a.do(t, "GET", target, "").wantProblem(t, 404)
 	}
 	for target, allow := range map[string]string{
@@ -376,7 +377,7 @@ func TestDeleteTakesTheProductAway(t *testing.T) {
 func TestListPagesAndLinks(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
-	for n := range 5 {
+	for n := range 6 { // so that the last page is full
 		a.do(t, "POST", "/products", fmt.Sprintf(`{"user_id":1,"product_name":"Shoe %d","product_price":%d}`, n, n%2))
 	}
 	target, names := "/products?sort=-product_price&limit=2&name=SHOE", []string(nil)
@@ -401,7 +402,7 @@ func TestListPagesAndLinks(t *testing.T) {
 			t.Fatalf("Link %q with next_cursor %q", link, next)
 		}
 	}
-	if want := []string{"Shoe 3", "Shoe 1", "Shoe 4", "Shoe 2", "Shoe 0"}; !slices.Equal(names, want) {
+	if want := []string{"Shoe 5", "Shoe 3", "Shoe 1", "Shoe 4", "Shoe 2", "Shoe 0"}; !slices.Equal(names, want) {
 		t.Errorf("listed %q, want %q", names, want)
 	}
 	if got := a.do(t, "GET", "/products?name=nothing", ""); strings.TrimSpace(got.Body.String()) != `{"items":[],"next_cursor":null}` {
@@ -483,7 +484,7 @@ func TestAuthentication(t *testing.T) {
 	if got := a.do(t, "POST", "/products", shoe, "Authorization", owner); got.Code != 201 {
 		t.Fatalf("the owner's POST: %d %s", got.Code, got.Body)
 	}
-	if got := a.do(t, "GET", "/products/1", "", "Authorization", stranger); got.Code != 200 {
+	if got := a.do(t, "GET", "/products/1", "", "Authorization", "bearer"+strings.TrimPrefix(stranger, "Bearer")); got.Code != 200 {
 		t.Errorf("a stranger's GET: %d", got.Code)
 	}
 	a.do(t, "PATCH", "/products/1", `{}`, "Authorization", stranger).wantProblem(t, 403)

@@ -20,15 +20,9 @@ import (
 func (s *server) observe(mux http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		from := readOrigin(r)
-		header := w.Header()
-		header["X-Request-Id"] = []string{from.RequestID}
-		header["X-Content-Type-Options"] = headerNosniff
-		if from.Traceparent != "" {
-			header["Traceparent"] = []string{from.Traceparent}
-		}
-		rec := &recorder{ResponseWriter: w}
-		r = r.WithContext(context.WithValue(r.Context(), originKey{}, from))
+		rec := &recorder{ResponseWriter: w, origin: readOrigin(r)}
+		rec.setHeader(w.Header())
+		r = r.WithContext(context.WithValue(r.Context(), recorderKey{}, rec))
 		defer s.finish(rec, r, start)
 		mux.ServeHTTP(rec, r)
 		if rec.unrouted != 0 {
@@ -44,7 +38,7 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 			panic(value)
 		}
 		s.log.LogAttrs(r.Context(), slog.LevelError, "panic in a handler",
-			slog.String("request_id", originOf(r).RequestID), slog.Any("err", value), slog.String("stack", string(debug.Stack())))
+			slog.String("request_id", rec.origin.RequestID), slog.Any("err", value), slog.String("stack", string(debug.Stack())))
 		if rec.status == 0 {
 			s.renderError(rec, r, errors.New("panic"))
 		}
@@ -65,9 +59,8 @@ func (s *server) logRequest(rec *recorder, r *http.Request, duration time.Durati
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
-	from := originOf(r)
 	attrs := [8]slog.Attr{
-		slog.String("request_id", from.RequestID),
+		slog.String("request_id", rec.origin.RequestID),
 		slog.String("method", r.Method),
 		slog.String("path", r.URL.Path),
 		slog.Int("status", rec.status),
@@ -76,8 +69,8 @@ func (s *server) logRequest(rec *recorder, r *http.Request, duration time.Durati
 		slog.String("remote", r.RemoteAddr),
 	}
 	n := 7
-	if from.Traceparent != "" {
-		attrs[n] = slog.String("traceparent", from.Traceparent)
+	if rec.origin.Traceparent != "" {
+		attrs[n] = slog.String("traceparent", rec.origin.Traceparent)
 		n++
 	}
 	s.log.LogAttrs(r.Context(), level, "request", attrs[:n]...)
@@ -87,10 +80,22 @@ func (s *server) logRequest(rec *recorder, r *http.Request, duration time.Durati
 // the router's own plain-text errors back, for observe to render.
 type recorder struct {
 	http.ResponseWriter
+	origin   origin
+	ids      [1]string // the request id, as a header has it
 	route    *routeStats
 	status   int
 	bytes    int64
 	unrouted int // the status with which the router refused the request
+}
+
+// setHeader sets what every response has.
+func (rec *recorder) setHeader(header http.Header) {
+	rec.ids[0] = rec.origin.RequestID
+	header["X-Request-Id"] = rec.ids[:]
+	header["X-Content-Type-Options"] = headerNosniff
+	if rec.origin.Traceparent != "" {
+		header["Traceparent"] = []string{rec.origin.Traceparent}
+	}
 }
 
 func (rec *recorder) WriteHeader(status int) {
@@ -172,12 +177,11 @@ func (rs *routeStats) count(status int, duration time.Duration) {
 	rs.duration.Update(duration.Seconds())
 }
 
-// originKey is the context key of a request's origin.
-type originKey struct{}
+// recorderKey is the context key of a request's recorder.
+type recorderKey struct{}
 
 func originOf(r *http.Request) origin {
-	from, _ := r.Context().Value(originKey{}).(origin)
-	return from
+	return r.Context().Value(recorderKey{}).(*recorder).origin
 }
 
 // traceparent is the header of W3C Trace Context, version 00 and, since later
@@ -263,8 +267,6 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	p.Type, p.Title, p.RequestID = "about:blank", http.StatusText(p.Status), from.RequestID
 	body := encodeJSON(p)
 	header := w.Header()
-	header.Del("Etag")
-	header.Del("Cache-Control")
 	header.Set("Content-Type", "application/problem+json")
 	header.Set("Content-Length", strconv.Itoa(len(body)))
 	if rec, ok := w.(*recorder); ok && rec.unrouted != 0 {

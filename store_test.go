@@ -257,6 +257,9 @@ func TestStoreUpdateKeepsImagesWhoseSourceStays(t *testing.T) {
 				if fmt.Sprint(read) != fmt.Sprint(after) {
 					t.Errorf("answered\n%v, stored\n%v", after, read)
 				}
+				if together, _ := s.ProductsByID(t.Context(), []int64{p.ID}); fmt.Sprint(together) != fmt.Sprint([]Product{read}) {
+					t.Errorf("read with others\n%v, alone\n%v", together, read)
+				}
 				if wantVersion := before.Version + 1; c.before == c.after && read.Version != before.Version || c.before != c.after && read.Version != wantVersion {
 					t.Errorf("version %d after %d", read.Version, before.Version)
 				}
