@@ -103,7 +103,7 @@ BEGIN
 		WHEN NEW.claim <> OLD.claim THEN 'claimed'
 		WHEN NEW.run_at IS NULL AND OLD.run_at IS NOT NULL AND NEW.status = 'pending' THEN 'published'
 		WHEN NEW.status = 'pending' AND OLD.status <> 'pending' THEN 'again'
-		WHEN NEW.attempts <> OLD.attempts AND NEW.status = 'pending' THEN 'again'
+		WHEN (NEW.attempts, NEW.put_off) <> (OLD.attempts, OLD.put_off) AND NEW.status = 'pending' THEN 'again'
 		ELSE 'other' END);
 	RETURN NULL;
 END $$;
@@ -349,12 +349,14 @@ func (a *auditor) await(t *testing.T, patience time.Duration, nudge func()) (v f
 }
 
 // letTimePass moves what waits for a time closer by d: leases of dead
-// dispatchers, objects whose upload was never settled. Nothing may be at work
+// dispatchers, objects whose upload was never settled, copies of dead letters
+// that are on their way. Nothing may be at work
 // on them, or it would take its own lease for another's.
 func (a *auditor) letTimePass(t *testing.T, d time.Duration) {
 	t.Helper()
 	for _, sql := range []string{
 		`UPDATE images SET run_at = run_at - $1::interval WHERE run_at IS NOT NULL AND status = 'pending'`,
+		`UPDATE images SET failed_at = failed_at - $1::interval WHERE status = 'failed'`,
 		`UPDATE garbage SET delete_at = delete_at - $1::interval`,
 	} {
 		if _, err := a.db.Exec(t.Context(), sql, d); err != nil {

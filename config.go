@@ -21,21 +21,23 @@ import (
 // config is every setting of the program. An empty URL means the embedded
 // default of that part.
 type config struct {
-	ListenAddr  string
-	DatabaseURL string
-	RedisURL    string // "off": no cache
-	AMQPURL     string
-	S3Bucket    string
-	S3PublicURL string
-	PublicURL   string
-	DataDir     string
-	Auth        bool
-	CacheTTL    time.Duration
-	Image       imageSettings
-	FetchLimits fetchLimits
-	LogLevel    slog.Level
-	LogText     bool
-	getenv      func(string) string // for what the AWS SDK reads
+	ListenAddr    string
+	DatabaseURL   string
+	RedisURL      string // "off": no cache
+	AMQPURL       string
+	S3Bucket      string
+	S3PublicURL   string
+	PublicURL     string
+	DataDir       string
+	Auth          bool
+	CacheTTL      time.Duration
+	Image         imageSettings
+	FetchLimits   fetchLimits
+	ShutdownGrace time.Duration
+	ShutdownDelay time.Duration
+	LogLevel      slog.Level
+	LogText       bool
+	getenv        func(string) string // for what the AWS SDK reads
 }
 
 // cpus is how many CPUs the program may use, a container's limit considered, as
@@ -72,6 +74,8 @@ func (c *config) settings() []setting {
 		{"IMAGE_ALLOW_PRIVATE", "false", "allow image URLs on loopback, private and link-local addresses, and any port", boolean(&c.FetchLimits.AllowPrivate)},
 		{"RETRY_ATTEMPTS", "6", "tries of an image before it is dead", number(&c.Image.RetryAttempts, 1, 100)},
 		{"RETRY_BASE", "1s", "first backoff; doubles, with jitter, to 5 minutes at most", duration(&c.Image.RetryBase, time.Millisecond, maxRetryDelay)},
+		{"SHUTDOWN_GRACE", "25s", "for requests and images in hand after SIGTERM; Kubernetes kills after 30 s", duration(&c.ShutdownGrace, time.Millisecond, time.Hour)},
+		{"SHUTDOWN_DELAY", "0s", "before that: how long requests are still taken while /readyz says no; for load balancers that poll it", duration(&c.ShutdownDelay, 0, time.Hour)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", logLevel(&c.LogLevel)},
 		{"LOG_FORMAT", "", "json or text; else json, but text on a terminal", oneOf(&c.LogText, "text", "json")},
 	}

@@ -52,10 +52,13 @@ var crashPoints = []string{
 	"claimed", "published", "confirmed", "marked as published",
 	"received", "downloaded", "object reserved", "object stored", "about to settle",
 	"settled as ready", "acked", "settled for a retry", "settled as dead", "rejected",
-	"replayed", "dead copy looked at", "dead copy removed",
+	"replayed", "dead copy judged", "dead copy removed", addedPoint,
 	"product changed", "product deleted",
 	"garbage claimed", "object deleted", "garbage forgotten",
 }
+
+// addedPoint is the one that needs a dead queue that has lost what was in it.
+const addedPoint = "dead copies added"
 
 // Whatever step the program is killed at, the next one to start finishes what
 // the dead one began: every image ends as it deserves, no object is left over,
@@ -155,6 +158,9 @@ func (c *crash) run(t *testing.T, name string) {
 	first := launchSelf(t, environment(c.env, map[string]string{crashAtVar: name}))
 	go func() { c.died <- first.wait() }()
 	c.live(t)
+	if name == addedPoint {
+		c.loseDeadQueue(t)
+	}
 	if c.died != nil {
 		t.Fatalf("point %q was never reached", name)
 	}
@@ -233,6 +239,21 @@ func (c *crash) live(t *testing.T) {
 		return err == nil && v.Orphans == 0 && v.Unfinished == 0
 	})
 	c.succeed(t)
+}
+
+// loseDeadQueue empties the dead queue behind the program's back, long after its
+// copies had come there, and waits until they are there again.
+func (c *crash) loseDeadQueue(t *testing.T) {
+	t.Helper()
+	if _, err := rawChannel(t, c.env["AMQP_URL"]).QueuePurge(deadQueueName, false); err != nil {
+		t.Fatal(err)
+	}
+	c.auditor.letTimePass(t, 2*deadGrace)
+	eventually(t, "the dead queue is whole again", func() bool {
+		c.succeed(t)
+		v, err := c.auditor.audit(t.Context())
+		return err == nil && v.Disagreeing == 0 && c.died == nil
+	})
 }
 
 func (c *crash) create(t *testing.T, key string, sources ...string) (p shown) {

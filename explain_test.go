@@ -139,13 +139,13 @@ type planNode struct {
 	Plans    []planNode
 }
 
-// read is how many rows of products a plan has read.
-func (n planNode) read() (rows float64) {
-	if n.Relation == "products" {
+// readOf is how many rows of a table a plan has read.
+func (n planNode) readOf(table string) (rows float64) {
+	if n.Relation == table {
 		rows = (n.Rows + n.Filtered + n.Recheck) * n.Loops
 	}
 	for _, child := range n.Plans {
-		rows += child.read()
+		rows += child.readOf(table)
 	}
 	return rows
 }
@@ -166,5 +166,5 @@ func explain(t *testing.T, db *postgres, f productFilter) (plan string, read int
 	if err := json.Unmarshal([]byte(plans[0]), &out); err != nil {
 		t.Fatal(err)
 	}
-	return plans[0], int(out[0].Plan.read())
+	return plans[0], int(out[0].Plan.readOf("products"))
 }

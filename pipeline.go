@@ -58,7 +58,8 @@ type pipeline struct {
 }
 
 // How many images a worker of the CPU-bound stages keeps busy in the others,
-// where an image waits for the network.
+// where an image waits for the network. There are maxHostDownloads more, those
+// that one slow host may have.
 const (
 	downloadsPerWorker = 4
 	uploadsPerWorker   = 2
@@ -81,7 +82,7 @@ type work struct {
 // Run processes images until stop ends, and then those that it has in hand.
 // What is not finished when ctx ends goes back to the queue unharmed.
 func (p *pipeline) Run(ctx, stop context.Context) error {
-	downloads, uploads := p.Workers*downloadsPerWorker, p.Workers*uploadsPerWorker
+	downloads, uploads := maxHostDownloads+p.Workers*downloadsPerWorker, p.Workers*uploadsPerWorker
 	deliveries := make(chan Delivery)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -198,6 +199,9 @@ func (p *pipeline) download(ctx context.Context, d Delivery) *work {
 			w.image, err = p.store.PendingImage(ctx, d.Job.ID)
 			return err
 		})
+		if err == nil {
+			err = p.countStart(ctx, w)
+		}
 		if err != nil {
 			return err
 		}
@@ -287,18 +291,48 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 		err = w.delivery.Ack()
 		point("acked")
 	case errors.Is(w.err, errNotFound):
-		w.log.Info("image no longer wanted")
-		err = w.delivery.Ack()
+		err = p.letGo(ctx, w)
+	case errors.Is(w.err, errHostBusy):
+		err = p.putOff(ctx, w)
 	case errors.As(w.err, &failed):
 		err = w.delivery.Reject()
 		point("rejected")
 	default:
 		w.log.Warn("image given back unfinished", "err", w.err)
-		err = w.delivery.Release()
+		err = p.giveBack(ctx, w)
 	}
 	if err != nil {
 		w.log.Warn("delivery not settled, the broker will deliver the image again", "err", err)
 	}
+}
+
+// putOff queues an image anew whose host was busy, and lets go of the delivery, so
+// that images of other hosts take its place.
+func (p *pipeline) putOff(ctx context.Context, w *work) error {
+	err := p.persist(ctx, w, func() error { return p.store.PutOff(ctx, w.delivery.Job.ID) })
+	switch {
+	case errors.Is(err, errNotFound):
+		return p.letGo(ctx, w)
+	case err != nil:
+		return errors.Join(err, p.giveBack(ctx, w))
+	}
+	imagesPutOff.Inc()
+	w.log.Debug("image put off", "err", w.err)
+	return w.delivery.Ack()
+}
+
+// letGo settles the delivery of an image that is no longer wanted. One that is
+// dead already goes where its worker would have sent it, had it not ended
+// between the commit and that. (What it does not know, deadKeeper mends.)
+func (p *pipeline) letGo(ctx context.Context, w *work) error {
+	if w.delivery.Redelivered {
+		dead, err := p.store.deadAmong(ctx, []int64{w.delivery.Job.ID})
+		if err == nil && dead[w.delivery.Job.ID] {
+			return w.delivery.Reject()
+		}
+	}
+	w.log.Info("image no longer wanted")
+	return w.delivery.Ack()
 }
 
 func (p *pipeline) settleReady(ctx context.Context, w *work) error {
@@ -354,6 +388,7 @@ var (
 	imagesReady   = metrics.NewCounter(`pms_images_total{result="ready"}`)
 	imagesRetried = metrics.NewCounter(`pms_images_total{result="retried"}`)
 	imagesDead    = metrics.NewCounter(`pms_images_total{result="dead"}`)
+	imagesPutOff  = metrics.NewCounter(`pms_images_total{result="put_off"}`)
 )
 
 // backoff is how long to wait after the given number of failed tries: a random

@@ -17,10 +17,6 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// shutdownGrace is how long requests and images in hand have to finish after a
-// signal. It is less than the 30 s after which Kubernetes kills.
-const shutdownGrace = 25 * time.Second
-
 // The HTTP server's limits. WriteTimeout is longer than requestTimeout, so that
 // a slow database ends in an answer.
 const (
@@ -36,7 +32,6 @@ const (
 type queue interface {
 	jobSink
 	consumer
-	deadQueue
 	Run(ctx context.Context) error
 	Ping(ctx context.Context) error
 }
@@ -56,6 +51,7 @@ type app struct {
 	parts      []part
 	dispatcher *dispatcher
 	janitor    *janitor
+	dead       *deadKeeper // nil: the queue keeps no copies of dead letters
 	listener   net.Listener
 	migrated   chan struct{} // closed when the database has its schema
 }
@@ -115,7 +111,10 @@ func (a *app) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
-	a.janitor = newJanitor(a.store, a.blobs, a.queue, a.invalidate, a.log)
+	a.janitor = newJanitor(a.store, a.blobs, a.log)
+	if copies, ok := a.queue.(deadQueue); ok {
+		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
+	}
 	return nil
 }
 
@@ -213,7 +212,7 @@ func (a *app) run(ctx context.Context) error {
 	defer stopBack()
 	back, backCtx := errgroup.WithContext(backCtx)
 	back.Go(func() error { return a.migrate(backCtx) })
-	for _, run := range []func(context.Context) error{a.queue.Run, a.dispatcher.Run, a.janitor.Run, a.runCache} {
+	for _, run := range []func(context.Context) error{a.queue.Run, a.dispatcher.Run, a.janitor.Run, a.runDead, a.runCache} {
 		back.Go(func() error { return a.afterMigration(backCtx, run) })
 	}
 	front, frontCtx := errgroup.WithContext(ctx)
@@ -300,6 +299,20 @@ func (a *app) afterMigration(ctx context.Context, run func(context.Context) erro
 	}
 }
 
+func (a *app) runDead(ctx context.Context) error {
+	if a.dead == nil {
+		return nil
+	}
+	return a.dead.Run(ctx)
+}
+
+// deadChanged says that there are fewer dead letters than copies.
+func (a *app) deadChanged() {
+	if a.dead != nil {
+		a.dead.LookSoon()
+	}
+}
+
 func (a *app) runCache(ctx context.Context) error {
 	if a.cache == nil {
 		return nil
@@ -312,7 +325,7 @@ func (a *app) runCache(ctx context.Context) error {
 func (a *app) process(ctx, stop context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(stop, func() { time.AfterFunc(shutdownGrace, cancel) })()
+	defer context.AfterFunc(stop, func() { time.AfterFunc(a.ShutdownGrace, cancel) })()
 	// The processors keep this many of Go's own busy; the others need theirs.
 	runtime.GOMAXPROCS(cpus + a.Image.Workers)
 	p := &pipeline{
@@ -337,7 +350,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		encoder:    encoder{a.objectURL},
 		wake:       a.dispatcher.Wake,
 		invalidate: func(id, version int64) { a.invalidate(id, version); a.janitor.CollectSoon() },
-		replayed:   a.janitor.SweepSoon,
+		replayed:   a.deadChanged,
 		parts:      a.parts,
 		authOn:     a.Auth,
 		log:        a.log,
@@ -365,12 +378,13 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	}
 	a.log.Info("stopping")
 	s.draining.Store(true)
+	<-time.After(a.ShutdownDelay) // requests are answered meanwhile
 	close(s.stopping)
-	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.ShutdownGrace)
 	defer cancel()
 	if err := web.Shutdown(grace); err != nil {
+		a.log.Warn("requests were still in work, breaking them off", "err", err)
 		web.Close()
-		return fmt.Errorf("requests were still in work after %v: %w", shutdownGrace, err)
 	}
 	return nil
 }
