@@ -331,21 +331,37 @@ func (a *auditor) contents(ctx context.Context) error {
 	return nil
 }
 
-// await audits again and again until there is nothing to complain of, for as long as
-// patience lasts, and answers the last one. nudge, called before each, has the
-// program do now what it would do within minutes.
-func (a *auditor) await(t *testing.T, patience time.Duration, nudge func()) (v findings) {
+// auditInterval leaves the dead queue alone between two audits: while one reads
+// it, the program cannot.
+const auditInterval = 500 * time.Millisecond
+
+// await audits again and again until there is nothing to complain of, for as
+// long as patience lasts, and answers what the last audit found. nudge, called
+// before each, has the program do now what it would do within minutes.
+func (a *auditor) await(t *testing.T, patience time.Duration, nudge func()) findings {
 	t.Helper()
-	var err error
-	pollUntil(time.Now().Add(patience), func() bool {
+	tick := time.NewTicker(auditInterval)
+	defer tick.Stop()
+	for deadline := time.Now().Add(patience); ; <-tick.C {
 		nudge()
-		v, err = a.audit(t.Context())
-		return err == nil && v.clean()
-	})
-	if err != nil {
-		t.Fatalf("audit: %v", err)
+		v, err := a.audit(t.Context())
+		if err == nil && v.clean() {
+			return v
+		}
+		if time.Now().Before(deadline) {
+			continue
+		}
+		if err != nil {
+			t.Fatalf("audit: %v", err)
+		}
+		return v
 	}
-	return v
+}
+
+// count answers how many images satisfy a condition.
+func (a *auditor) count(ctx context.Context, condition string) (n int, err error) {
+	err = a.db.QueryRow(ctx, "SELECT count(*) FROM images WHERE "+condition).Scan(&n)
+	return n, err
 }
 
 // letTimePass moves what waits for a time closer by d: leases of dead

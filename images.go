@@ -121,6 +121,9 @@ func (s *store) ReserveObject(ctx context.Context, imageID int64, key string) er
 		if err != nil {
 			return err
 		}
+		if leftOut("reservation") {
+			return nil
+		}
 		n, err := tx.Exec(ctx, reserveObject, key, s.now().Add(garbageGrace))
 		if err == nil && n == 0 {
 			return errObjectBusy
@@ -155,10 +158,10 @@ func (s *store) SettleReady(ctx context.Context, job Job, done Image) (version i
 			return n, err
 		}
 		reserved, err := tx.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND NOT deleting`, done.Key)
-		if err == nil && reserved == 0 {
+		if err == nil && reserved == 0 && !leftOut("reservation") {
 			return 0, errReservationLost
 		}
-		return reserved, err
+		return n, err
 	})
 	return version, wrap(fmt.Sprintf("settle image %d", job.ID), err)
 }
