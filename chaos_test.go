@@ -61,6 +61,7 @@ func TestChaos(t *testing.T) {
 	t.Logf("CHAOS_SEED=%d", plan.Seed)
 	w := newChaosWorld(t, plan.Seed)
 	clients, stop := w.postProducts(t, plan.Seed)
+	w.calmBefore(t, clients)
 	start := time.Now()
 	for struck := 0; struck < plan.Faults || clients.images.Load() < int64(plan.Images) || time.Since(start) < plan.Duration; {
 		struck += w.sabotage(t, clients)
@@ -89,6 +90,20 @@ func TestChaos(t *testing.T) {
 	}
 }
 
+// calmBefore waits for a few products in which nothing is broken: the four
+// dispatchers side by side must not publish any image once more than need be.
+func (w *chaosWorld) calmBefore(t *testing.T, clients *chaosClients) {
+	t.Helper()
+	eventually(t, "products are accepted in the calm", func() bool { return clients.images.Load() >= 30 })
+	v, err := w.auditor.audit(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.Twice != 0 || v.WronglyDead != 0 {
+		t.Errorf("before the first fault: %v", v)
+	}
+}
+
 // recoveries lists, for each kind of fault, how often it was and how long it took
 // at the longest until a new image was ready.
 func (w *chaosWorld) recoveries() string {
@@ -114,7 +129,7 @@ type chaosClients struct {
 // postInterval is how often each of the clients posts, if it is answered: slowly
 // enough that nothing but a fault makes an image wait.
 const (
-	postInterval = 250 * time.Millisecond
+	postInterval = 500 * time.Millisecond
 	postClients  = 2
 )
 
