@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench consistency compare-images docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -69,6 +69,14 @@ govulncheck: $(bin)/staticcheck vet
 bench: servers tools
 	@REQUIRE_SERVERS=1 go test -run '^$$' -bench . -benchmem -count 6 . | tee .cache/bench.txt
 	@$(bin)/benchstat .cache/bench.txt
+
+## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
+compare-images:
+	@scripts/compare-images.sh
+
+## consistency: a million reads while Redis is hurt, checked against what clients may see; some minutes
+consistency: servers tools
+	@REQUIRE_SERVERS=1 CONSISTENCY_READS=1000000 go test -count=1 -run '^TestReadsAreConsistent$$' -v -timeout 60m .
 
 ## docker-test: make test in a container, for machines without the servers
 docker-test:

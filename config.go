@@ -31,6 +31,7 @@ type config struct {
 	DataDir       string
 	Auth          bool
 	CacheTTL      time.Duration
+	CacheSize     int64 // bytes
 	Image         imageSettings
 	FetchLimits   fetchLimits
 	ShutdownGrace time.Duration
@@ -64,6 +65,7 @@ func (c *config) settings() []setting {
 		{"DATA_DIR", "data", "directory of the embedded database and images", text(&c.DataDir)},
 		{"AUTH", "", `"on" or "off"; else on, unless only loopback is listened on`, onOff(&c.Auth)},
 		{"CACHE_TTL", "60s", "how long a cached product may be served after a lost invalidation", duration(&c.CacheTTL, time.Second, 24*time.Hour)},
+		{"CACHE_SIZE", "64MiB", "memory for cached products in the process, the copies of what is in Redis included", byteSize(&c.CacheSize, 1<<20)},
 		{"IMAGE_WORKERS", strconv.Itoa(cpus), "images decoded and encoded at once; default: the number of CPUs", number(&c.Image.Workers, 1, 1024)},
 		{"IMAGE_MEMORY", "256MiB", "memory that decoded images may hold at once", byteSize(&c.Image.Memory, 1<<20)},
 		{"IMAGE_MAX_BYTES", "32MiB", "largest download", byteSize(&c.FetchLimits.MaxBytes, 1)},

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -55,6 +56,7 @@ type pipeline struct {
 	invalidate func(productID, version int64) // a product has changed
 	memory     *semaphore.Weighted            // bytes that decoded images hold
 	log        *slog.Logger
+	processors processors // made by Run
 }
 
 // How many images a worker of the CPU-bound stages keeps busy in the others,
@@ -90,14 +92,14 @@ func (p *pipeline) Run(ctx, stop context.Context) error {
 		return p.queue.Consume(stop, downloads+1+2*p.Workers+2*uploads, deliveries)
 	})
 	received := stage(group, downloads, deliveries, func(d Delivery) *work { return p.download(ctx, d) })
-	processors := startProcessors(group, p.Workers)
+	p.processors = startProcessors(group, p.Workers)
 	admitted := stage(group, 1, received, p.step("admit", ctx, p.admit)) // one, so that a large image is not passed by small ones
-	decoded := stage(group, p.Workers, admitted, p.step("decode", ctx, processors.run(p.decode)))
-	compressed := stage(group, p.Workers, decoded, p.step("compress", ctx, processors.run(p.compress)))
+	decoded := stage(group, p.Workers, admitted, p.step("decode", ctx, p.processors.run(p.decode)))
+	compressed := stage(group, p.Workers, decoded, p.step("compress", ctx, p.processors.run(p.compress)))
 	uploaded := stage(group, uploads, compressed, p.step("upload", ctx, p.upload))
 	settled := stage(group, uploads, uploaded, func(w *work) *work { p.settle(ctx, w); return w })
 	group.Go(func() error {
-		defer close(processors)
+		defer close(p.processors)
 		for range settled {
 		}
 		return nil
@@ -134,6 +136,39 @@ func (tasks processors) run(do func(context.Context, *work) error) func(context.
 		}
 		<-done
 		return err
+	}
+}
+
+// spread runs parts, with the help of those processors that are idle now: a
+// single large photo has several cores, and many have one each. It is called on
+// a processor, so never more than there are at work. A part's panic is the caller's.
+func (tasks processors) spread(parts []func()) {
+	var next atomic.Int64
+	var panicked atomic.Value
+	help := func() {
+		defer func() {
+			if r := recover(); r != nil {
+				panicked.Store(fmt.Errorf("%v", r))
+			}
+		}()
+		for n := next.Add(1); n <= int64(len(parts)); n = next.Add(1) {
+			parts[n-1]()
+		}
+	}
+	var helpers sync.WaitGroup
+	for idle := true; idle && next.Load() < int64(len(parts)); {
+		helpers.Add(1)
+		select {
+		case tasks <- func() { defer helpers.Done(); help() }:
+		default:
+			helpers.Done()
+			idle = false
+		}
+	}
+	help()
+	helpers.Wait()
+	if err := panicked.Load(); err != nil {
+		panic(err)
 	}
 }
 
@@ -231,8 +266,10 @@ func (p *pipeline) admit(ctx context.Context, w *work) (err error) {
 func (p *pipeline) decode(_ context.Context, w *work) (err error) {
 	if w.decoded, err = decodeImage(w.source, w.header); err != nil {
 		p.release(w)
+		return err
 	}
-	return err
+	w.decoded.spread = p.processors.spread
+	return nil
 }
 
 func (p *pipeline) compress(_ context.Context, w *work) (err error) {

@@ -182,10 +182,10 @@ func (a *app) openCache() error {
 		a.cacheName = "none"
 	case a.RedisURL == "":
 		a.cacheName = "embedded"
-		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, memoryCacheBytes), a.CacheTTL, a.log)
+		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, a.CacheSize), a.CacheTTL, a.log)
 	default:
 		a.cacheName = "redis"
-		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.log)
+		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.CacheSize, a.log)
 		if err != nil {
 			return err
 		}
@@ -195,11 +195,19 @@ func (a *app) openCache() error {
 	return nil
 }
 
-// invalidate tells the cache that a product has changed, and the janitor that
-// the change may have left an object behind.
+// invalidate tells the cache that a product has changed.
 func (a *app) invalidate(id, version int64) {
 	if a.cache != nil {
 		a.cache.Invalidate(id, version)
+	}
+}
+
+// changed is invalidate, and tells the janitor that the change may have left an
+// object behind.
+func (a *app) changed(id, version int64) {
+	a.invalidate(id, version)
+	if version > 1 { // a new product leaves none
+		a.janitor.CollectSoon()
 	}
 }
 
@@ -349,7 +357,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		products:   a.reader(),
 		encoder:    encoder{a.objectURL},
 		wake:       a.dispatcher.Wake,
-		invalidate: func(id, version int64) { a.invalidate(id, version); a.janitor.CollectSoon() },
+		invalidate: a.changed,
 		replayed:   a.deadChanged,
 		parts:      a.parts,
 		authOn:     a.Auth,
@@ -416,7 +424,7 @@ func (p *program) withInvalidation(ctx context.Context, do func(invalidate func(
 	if p.RedisURL == "" || p.RedisURL == "off" {
 		return do(func(int64, int64) {})
 	}
-	redis, err := newRedisCache(p.RedisURL, p.CacheTTL, p.log)
+	redis, err := newRedisCache(p.RedisURL, p.CacheTTL, p.CacheSize, p.log)
 	if err != nil {
 		return err
 	}
