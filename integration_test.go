@@ -85,7 +85,7 @@ func startBinary(t testing.TB, env map[string]string, args ...string) *instance 
 
 // launchProgram starts a program and does not wait until it works. It ends with
 // the test.
-func launchProgram(t *testing.T, path string, env map[string]string, args ...string) *instance {
+func launchProgram(t testing.TB, path string, env map[string]string, args ...string) *instance {
 	t.Helper()
 	r, err := theReaper()
 	if err != nil {
