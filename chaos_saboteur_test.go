@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -71,7 +72,8 @@ func newChaosWorld(t *testing.T, seed uint64) *chaosWorld {
 }
 
 // startPrograms starts the APIs and the workers, with the proxies for servers. A
-// good image is asked for so often that no fault makes it a dead letter.
+// good image is asked for so often that no fault makes it a dead letter. Each is
+// connected before the next starts, since two that both find no queue both fill it.
 func (w *chaosWorld) startPrograms(t *testing.T, bucket s3Env) {
 	t.Helper()
 	bucket.Endpoint = w.through(t, "s3")
@@ -81,6 +83,7 @@ func (w *chaosWorld) startPrograms(t *testing.T, bucket s3Env) {
 	for _, name := range []string{"api", "api", "worker", "worker"} {
 		p := &chaosProgram{name: name, env: environment(env, map[string]string{"LISTEN_ADDR": freeAddr(t), "LOG_LEVEL": "info"})}
 		p.start(t)
+		p.log.await(t, `"msg":"queue is connected"`)
 		w.programs = append(w.programs, p)
 	}
 }
@@ -100,57 +103,71 @@ func (w *chaosWorld) through(t *testing.T, name string) string {
 type chaosFault struct {
 	kind   string
 	victim any           // of two faults at once, each has its own
-	least  time.Duration // how long it lasts at least; at most three times that
-	strike func(t *testing.T, w *chaosWorld) (heal func())
+	least  time.Duration // how long it lasts at least; at most three times that and a second
+	strike func(t *testing.T) (heal func())
 }
 
-// chaosFaults are all that there are, in an order of their own.
+// hangTime is how long a thing hangs at least. The program's own timeouts are
+// from 50 ms (Redis) to 10 s (RabbitMQ), so some pass and some do not.
+const hangTime = 2 * time.Second
+
+// chaosFaults are all that there are, always in the same order.
 func (w *chaosWorld) chaosFaults() (faults []chaosFault) {
-	for name, server := range w.servers {
-		faults = append(faults,
-			chaosFault{"kill " + name, name, 0, func(t *testing.T, _ *chaosWorld) func() {
-				server.Kill(t)
-				return func() { server.Start(t) }
-			}},
-			chaosFault{"freeze " + name, name, 2 * time.Second, func(t *testing.T, _ *chaosWorld) func() {
-				server.Freeze(t)
-				return func() { server.Thaw(t) }
-			}})
-	}
-	for name, proxy := range w.proxies {
-		restore := func(t *testing.T) func() { return func() { proxy.Restore(t) } }
-		faults = append(faults,
-			chaosFault{"cut line to " + name, name, time.Second, func(t *testing.T, _ *chaosWorld) func() { proxy.Cut(); return restore(t) }},
-			chaosFault{"stall line to " + name, name, 2 * time.Second, func(t *testing.T, _ *chaosWorld) func() { proxy.Stall(); return restore(t) }},
-			chaosFault{"reset lines to " + name, name, 0, func(t *testing.T, _ *chaosWorld) func() { proxy.Reset(); return func() {} }})
+	for _, name := range slices.Sorted(maps.Keys(w.servers)) {
+		faults = append(faults, serverFaults(name, w.servers[name])...)
+		faults = append(faults, lineFaults(name, w.proxies[name])...)
 	}
 	for _, p := range w.programs {
-		faults = append(faults,
-			chaosFault{"kill " + p.name, p, 0, func(t *testing.T, _ *chaosWorld) func() {
-				p.kill()
-				return func() { p.start(t) }
-			}},
-			chaosFault{"freeze " + p.name, p, 2 * time.Second, func(*testing.T, *chaosWorld) func() {
-				signalPID(p.pid, sigFreeze)
-				return func() { signalPID(p.pid, sigThaw) }
-			}})
+		faults = append(faults, programFaults(p)...)
 	}
-	for mode := range hostModes {
-		faults = append(faults, chaosFault{"image hosts: " + mode, "hosts", 2 * time.Second, func(_ *testing.T, w *chaosWorld) func() {
+	for _, mode := range slices.Sorted(maps.Keys(hostModes)) {
+		faults = append(faults, chaosFault{"image hosts: " + mode, "hosts", hangTime, func(*testing.T) func() {
 			w.setHosts(mode)
 			return func() { w.setHosts("") }
 		}})
 	}
-	return append(faults,
-		chaosFault{"delete the queue", "rabbitmq", 0, func(t *testing.T, w *chaosWorld) func() {
-			deleteQueues(t, w.servers["rabbitmq"].URL)
-			return func() {}
+	return append(faults, brokerFaults(w.servers["rabbitmq"])...)
+}
+
+func serverFaults(name string, server *testServer) []chaosFault {
+	return []chaosFault{
+		{"kill " + name, name, 0, func(t *testing.T) func() { server.Kill(t); return func() { server.Start(t) } }},
+		{"freeze " + name, name, hangTime, func(t *testing.T) func() { server.Freeze(t); return func() { server.Thaw(t) } }},
+	}
+}
+
+func lineFaults(name string, proxy *tcpProxy) []chaosFault {
+	return []chaosFault{
+		{"cut line to " + name, name, hangTime / 2, func(t *testing.T) func() { proxy.Cut(); return func() { proxy.Restore(t) } }},
+		{"stall line to " + name, name, hangTime, func(t *testing.T) func() { proxy.Stall(); return func() { proxy.Restore(t) } }},
+		{"reset lines to " + name, name, 0, func(t *testing.T) func() { proxy.Reset(); return func() {} }},
+	}
+}
+
+func programFaults(p *chaosProgram) []chaosFault {
+	return []chaosFault{
+		{"kill " + p.name, p, 0, func(t *testing.T) func() { p.kill(); return func() { p.start(t) } }},
+		{"freeze " + p.name, p, hangTime, func(*testing.T) func() {
+			signalPID(p.pid, sigFreeze)
+			return func() { signalPID(p.pid, sigThaw) }
 		}},
-		chaosFault{"wipe rabbitmq", "rabbitmq", 0, func(t *testing.T, w *chaosWorld) func() {
-			w.servers["rabbitmq"].Kill(t)
-			w.servers["rabbitmq"].Wipe(t)
-			return func() { w.servers["rabbitmq"].Start(t) }
-		}})
+	}
+}
+
+// brokerFaults are those that only a broker can have.
+func brokerFaults(rabbit *testServer) []chaosFault {
+	return []chaosFault{
+		{"delete both queues", "rabbitmq", 0, func(t *testing.T) func() { deleteQueues(t, rabbit.URL); return func() {} }},
+		{"wipe rabbitmq", "rabbitmq", 0, func(t *testing.T) func() {
+			rabbit.Kill(t)
+			rabbit.Wipe(t)
+			return func() { rabbit.Start(t) }
+		}},
+		{"memory alarm of rabbitmq", "rabbitmq", hangTime, func(t *testing.T) func() {
+			rabbitctl(t, rabbit, "set_vm_memory_high_watermark", "absolute", "1MB")
+			return func() { rabbitctl(t, rabbit, "set_vm_memory_high_watermark", "absolute", "512MB") }
+		}},
+	}
 }
 
 func (w *chaosWorld) setHosts(mode string) {
@@ -164,7 +181,6 @@ func (w *chaosWorld) setHosts(mode string) {
 func (w *chaosWorld) draw(hurt ...any) (chaosFault, bool) {
 	if len(w.deck) == 0 {
 		w.deck = w.chaosFaults()
-		slices.SortFunc(w.deck, func(a, b chaosFault) int { return strings.Compare(a.kind, b.kind) }) // maps have no order
 		w.random.Shuffle(len(w.deck), func(i, j int) { w.deck[i], w.deck[j] = w.deck[j], w.deck[i] })
 	}
 	for n, fault := range w.deck {
@@ -177,8 +193,8 @@ func (w *chaosWorld) draw(hurt ...any) (chaosFault, bool) {
 }
 
 // sabotage strikes one fault, or two at once, heals them, and waits until the
-// service works again. It answers how many there were.
-func (w *chaosWorld) sabotage(t *testing.T, clients *chaosClients) int {
+// service works again.
+func (w *chaosWorld) sabotage(t *testing.T, clients *chaosClients) {
 	t.Helper()
 	first, _ := w.draw()
 	faults := []chaosFault{first}
@@ -190,8 +206,9 @@ func (w *chaosWorld) sabotage(t *testing.T, clients *chaosClients) int {
 	var heal []func()
 	var lasts time.Duration
 	for _, fault := range faults {
-		t.Logf("fault %d: %s", w.struck+len(heal)+1, fault.kind)
-		heal = append(heal, fault.strike(t, w))
+		w.struck++
+		t.Logf("fault %d: %s", w.struck, fault.kind)
+		heal = append(heal, fault.strike(t))
 		lasts = max(lasts, fault.least+time.Duration(w.random.Int64N(int64(2*fault.least+time.Second))))
 	}
 	<-time.After(lasts) // that is what the fault consists of
@@ -202,8 +219,6 @@ func (w *chaosWorld) sabotage(t *testing.T, clients *chaosClients) int {
 	for _, fault := range faults {
 		w.recovered[fault.kind] = append(w.recovered[fault.kind], took)
 	}
-	w.struck += len(faults)
-	return len(faults)
 }
 
 // recover posts a product of its own and answers how long that took from the

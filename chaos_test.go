@@ -63,11 +63,26 @@ func TestChaos(t *testing.T) {
 	clients, stop := w.postProducts(t, plan.Seed)
 	w.calmBefore(t, clients)
 	start := time.Now()
-	for struck := 0; struck < plan.Faults || clients.images.Load() < int64(plan.Images) || time.Since(start) < plan.Duration; {
-		struck += w.sabotage(t, clients)
+	for w.struck < plan.Faults || clients.images.Load() < int64(plan.Images) || time.Since(start) < plan.Duration {
+		w.sabotage(t, clients)
 	}
 	stop()
+	took := time.Since(start)
+	v := w.reckon(t)
+	t.Logf("%d faults in %v\n%v\n%s", w.struck, took.Round(time.Second), v, w.recoveries())
+	if !v.clean() {
+		t.Errorf("seed %d: promises are broken", plan.Seed)
+	}
+	for _, p := range w.programs {
+		if err := p.stop(); err != nil {
+			t.Errorf("%s ended with: %v", p.name, err)
+		}
+	}
+}
 
+// reckon lets the service finish what it has in hand, and audits it.
+func (w *chaosWorld) reckon(t *testing.T) findings {
+	t.Helper()
 	ended := pollUntil(time.Now().Add(recoveryPatience), func() bool {
 		n, err := w.auditor.count(t.Context(), "status = 'pending'")
 		return err == nil && n == 0
@@ -76,18 +91,10 @@ func TestChaos(t *testing.T) {
 		w.auditor.letTimePass(t, 2*garbageGrace)
 	}
 	v := w.auditor.await(t, recoveryPatience, w.collect)
-	t.Logf("%d faults in %v\n%v\n%s", w.struck, time.Since(start).Round(time.Second), v, w.recoveries())
-	if !v.clean() {
-		t.Errorf("seed %d: promises are broken", plan.Seed)
-	}
 	if err := w.auditor.contents(t.Context()); err != nil {
 		t.Error(err)
 	}
-	for _, p := range w.programs {
-		if err := p.stop(); err != nil {
-			t.Errorf("%s ended with: %v", p.name, err)
-		}
-	}
+	return v
 }
 
 // calmBefore waits for a few products in which nothing is broken: the four
@@ -197,8 +204,9 @@ func (c *chaosClients) create(ctx context.Context, images []expectedImage) (id i
 		id, status, err := c.post(ctx, c.apis[n%len(c.apis)], key, body)
 		switch {
 		case err == nil && status == http.StatusCreated:
+			err := c.accepted.add(acceptance{Product: id, Images: images})
 			c.images.Add(int64(len(images)))
-			return id, c.accepted.add(acceptance{Product: id, Images: images})
+			return id, err
 		case err == nil && status < 500 && status != http.StatusConflict:
 			return 0, fmt.Errorf("answered %d for %s", status, body)
 		}

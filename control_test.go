@@ -70,7 +70,7 @@ func newControl(t *testing.T, without string) *control {
 // launch starts the program as the control wants it, an api or a worker.
 func (c *control) launch(t *testing.T, env map[string]string, command string) *instance {
 	t.Helper()
-	i := launchSelf(t, environment(c.env, map[string]string{withoutVar: c.without}, env), command)
+	i := launchArmed(t, environment(c.env, map[string]string{withoutVar: c.without}, env), command)
 	i.awaitStart(t, []string{command})
 	return i
 }

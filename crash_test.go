@@ -10,40 +10,28 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
+	"sync"
 	"testing"
 	"time"
 )
 
-// The variables that make the test binary the program, watched at its points.
+// The variables that points_armed.go reads.
 const (
-	asProgramVar = "PMS_TEST_AS_PROGRAM"
-	crashAtVar   = "PMS_TEST_CRASH_AT" // the point at which it kills itself
-	withoutVar   = "PMS_TEST_WITHOUT"  // the safeguard that it does without
+	crashAtVar = "PMS_CRASH_AT"
+	withoutVar = "PMS_WITHOUT"
 )
 
-// runAsProgram is main with the points in use. It does not return.
-func runAsProgram() {
-	crashAt, without := os.Getenv(crashAtVar), "without "+os.Getenv(withoutVar)
-	proof = func(name string) bool {
-		if name == crashAt {
-			signalPID(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-		return name == without
-	}
-	main()
-}
-
-// launchSelf starts the test binary as the program.
-func launchSelf(t *testing.T, env map[string]string, args ...string) *instance {
+// launchArmed starts the program whose points are armed.
+func launchArmed(t *testing.T, env map[string]string, args ...string) *instance {
 	t.Helper()
-	self, err := os.Executable()
+	path, err := buildArmed()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return launchProgram(t, self, environment(env, map[string]string{asProgramVar: "1"}), args...)
+	return launchProgram(t, path, environment(env), args...)
 }
+
+var buildArmed = sync.OnceValues(func() (string, error) { return buildProgram(armedProgram, "-tags", "points") })
 
 // crashPoints are all of the program's, in the order in which an image passes them.
 var crashPoints = []string{
@@ -155,7 +143,7 @@ func newCrash(t *testing.T) *crash {
 
 // run has one process die at a point and a clean one take over.
 func (c *crash) run(t *testing.T, name string) {
-	first := launchSelf(t, environment(c.env, map[string]string{crashAtVar: name}))
+	first := launchArmed(t, environment(c.env, map[string]string{crashAtVar: name}))
 	go func() { c.died <- first.wait() }()
 	c.live(t)
 	if name == addedPoint {
@@ -185,7 +173,7 @@ func (c *crash) succeed(t *testing.T) {
 		}
 		c.died = nil
 		c.auditor.letTimePass(t, 2*leaseTime)
-		launchSelf(t, c.env)
+		launchArmed(t, c.env)
 	default:
 	}
 }

@@ -133,19 +133,28 @@ func programPath(t testing.TB) string {
 	return path
 }
 
-// programFile is where the program is built; TestMain removes it.
-func programFile() string {
-	return filepath.Join(os.TempDir(), fmt.Sprintf("pms-test-program-%d", os.Getpid()))
+// The kinds of the program: as it is shipped, and with points.go's points armed.
+const (
+	plainProgram = "plain"
+	armedProgram = "armed"
+)
+
+// programFile is where a kind of the program is built; TestMain removes it.
+func programFile(kind string) string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("pms-test-%s-%d", kind, os.Getpid()))
 }
 
-var buildBinary = sync.OnceValues(func() (string, error) {
-	path := programFile()
-	out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
+var buildBinary = sync.OnceValues(func() (string, error) { return buildProgram(plainProgram) })
+
+func buildProgram(kind string, flags ...string) (string, error) {
+	path := programFile(kind)
+	command := append([]string{"build", "-o", path}, flags...)
+	out, err := exec.Command("go", append(command, ".")...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
 	}
 	return path, nil
-})
+}
 
 // awaitStart waits until the instance works, and learns its address.
 func (i *instance) awaitStart(t testing.TB, args []string) {

@@ -285,6 +285,22 @@ func TestProxyCutClosesAndRefusesUntilRestored(t *testing.T) {
 	}
 }
 
+func TestProxyResetBreaksOffAndAcceptsAnew(t *testing.T) {
+	t.Parallel()
+	p := startProxy(t, startEcho(t))
+	conn := dialProxy(t, p)
+	if !echo(t, conn, "hello", soon) {
+		t.Fatal("no echo through the proxy")
+	}
+	p.Reset()
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read after Reset: %v, want connection reset", err)
+	}
+	if !echo(t, dialProxy(t, p), "again", soon) {
+		t.Error("no echo after Reset")
+	}
+}
+
 func TestProxyStallHoldsBytesUntilRestored(t *testing.T) {
 	t.Parallel()
 	p := startProxy(t, startEcho(t))

@@ -64,15 +64,13 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asProgramVar) != "" {
-		runAsProgram()
-	}
 	os.Exit(reapOrRun(func() int {
 		flag.Parse()
 		if os.Getenv(testRedisVar) != "" || os.Getenv(testAMQPVar) != "" {
 			flag.Set("test.parallel", "1") // the flag is always there
 		}
-		defer os.Remove(programFile())
+		defer os.Remove(programFile(plainProgram))
+		defer os.Remove(programFile(armedProgram))
 		return m.Run()
 	}))
 }
