@@ -152,8 +152,12 @@ func (v findings) clean() bool {
 }
 
 func (v findings) String() string {
-	return fmt.Sprintf("accepted %d, ready %d, dead %d, lost %d, wrongly dead %d, unfinished %d, orphan objects %d, dead queue and rows disagree %d, published twice %d\n%s",
-		v.Accepted, v.Ready, v.Dead, v.Lost, v.WronglyDead, v.Unfinished, v.Orphans, v.Disagreeing, v.Twice, strings.Join(v.explanations, "\n"))
+	lines := []string{
+		fmt.Sprintf("accepted %d images: ready %d, dead %d", v.Accepted, v.Ready, v.Dead),
+		fmt.Sprintf("lost %d, wrongly dead %d, unfinished %d, orphan objects %d, dead queue and rows disagree %d", v.Lost, v.WronglyDead, v.Unfinished, v.Orphans, v.Disagreeing),
+		fmt.Sprintf("published twice: %d at most", v.Twice),
+	}
+	return strings.Join(append(lines, v.explanations...), "\n")
 }
 
 // auditedImage is a row of images as the auditor reads it.
@@ -281,8 +285,7 @@ func (a *auditor) objects(ctx context.Context) (map[string]int64, error) {
 	return sizes, nil
 }
 
-// deadQueue reads every message of the dead queue and leaves them there. A
-// queue that does not exist is empty.
+// deadQueue reads every message of the dead queue and leaves them there.
 func (a *auditor) deadQueue() (map[int64]bool, error) {
 	conn, err := amqp.DialConfig(a.amqp, amqp.Config{Dial: amqp.DefaultDial(setupTimeout)})
 	if err != nil {
