@@ -116,7 +116,7 @@ func (w *chaosWorld) calmBefore(t *testing.T, clients *chaosClients) {
 func (w *chaosWorld) recoveries() string {
 	lines := []string{"longest recovery after"}
 	for kind, took := range w.recovered {
-		lines = append(lines, fmt.Sprintf("  %-22s × %-3d %6.1f s", kind, len(took), slices.Max(took).Seconds()))
+		lines = append(lines, fmt.Sprintf("  %-24s × %-3d %6.1f s", kind, len(took), slices.Max(took).Seconds()))
 	}
 	slices.Sort(lines[1:])
 	return strings.Join(lines, "\n")
