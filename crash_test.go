@@ -45,6 +45,10 @@ var crashPoints = []string{
 	"garbage claimed", "object deleted", "garbage forgotten",
 }
 
+// topologyPoints are those at which there is something to lose only if a queue
+// was there and is gone.
+var topologyPoints = crashPoints[:3]
+
 // addedPoint is the one that needs a dead queue that has lost what was in it.
 const addedPoint = "dead copies added"
 
@@ -143,6 +147,9 @@ func newCrash(t *testing.T) *crash {
 
 // run has one process die at a point and a clean one take over.
 func (c *crash) run(t *testing.T, name string) {
+	if slices.Contains(topologyPoints, name) {
+		c.loseWorkQueue(t)
+	}
 	first := launchArmed(t, environment(c.env, map[string]string{crashAtVar: name}))
 	go func() { c.died <- first.wait() }()
 	c.live(t)
@@ -223,6 +230,24 @@ func (c *crash) live(t *testing.T) {
 	c.accept(t, acceptance{Product: p.ID, Images: []expectedImage{{flaky, ready}, {gone, ready}, {text, []string{"not_an_image"}}, {late, ready}}})
 	c.insist(t, "DELETE", fmt.Sprintf("/products/%d", brief.ID), nil, nil, nil, http.StatusNoContent, http.StatusNotFound)
 	c.accept(t, acceptance{Product: brief.ID, Deleted: true})
+}
+
+// loseWorkQueue has an earlier process publish an image, and takes the queue away
+// with it.
+func (c *crash) loseWorkQueue(t *testing.T) {
+	t.Helper()
+	earlier := launchArmed(t, c.env, "api")
+	earlier.awaitStart(t, []string{"api"})
+	source := c.photos.serve("/earlier", jpegPhoto(t, 90, 40))
+	c.accept(t, acceptance{Product: earlier.post(t, source).ID, Images: []expectedImage{{source, []string{"ready"}}}})
+	eventually(t, "the image is published", func() bool {
+		n, err := c.auditor.count(t.Context(), published)
+		return err == nil && n == 1
+	})
+	earlier.kill()
+	if _, err := rawChannel(t, c.env["AMQP_URL"]).QueueDelete(workQueueName, false, false, false); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // loseDeadQueue empties the dead queue behind the program's back, long after its
