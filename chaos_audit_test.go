@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -73,10 +72,10 @@ func readAcceptances(path string) (map[int64]acceptance, error) {
 		return nil, err
 	}
 	accepted := make(map[int64]acceptance)
-	for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
+	for line := range bytes.Lines(data) {
 		var a acceptance
-		if err := json.Unmarshal(lines.Bytes(), &a); err != nil {
-			return nil, err
+		if err := json.Unmarshal(line, &a); err != nil {
+			return nil, fmt.Errorf("read acceptance %s: %w", line, err)
 		}
 		accepted[a.Product] = a
 	}

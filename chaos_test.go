@@ -70,8 +70,8 @@ func TestChaos(t *testing.T) {
 	took := time.Since(start)
 	v := w.reckon(t)
 	t.Logf("%d faults in %v\n%v\n%s", w.struck, took.Round(time.Second), v, w.recoveries())
-	if !v.clean() {
-		t.Errorf("seed %d: promises are broken", plan.Seed)
+	if !v.clean() || v.Accepted != int(clients.images.Load()) {
+		t.Errorf("seed %d: promises are broken, or not all of the %d images were audited", plan.Seed, clients.images.Load())
 	}
 	for _, p := range w.programs {
 		if err := p.stop(); err != nil {
