@@ -74,7 +74,7 @@ bench: servers tools
 compare-images:
 	@scripts/compare-images.sh
 
-## chaos: everything is killed, frozen and cut off while products come in, and an audit of what became of them; 15 minutes
+## chaos: everything is killed, frozen and cut off while products come in, and an audit of what became of them; 10 minutes
 # CHAOS_IMAGES, CHAOS_FAULTS and CHAOS_DURATION make it longer or shorter, CHAOS_SEED repeats a choice of faults.
 chaos: servers tools
 	@REQUIRE_SERVERS=1 CHAOS_IMAGES=$${CHAOS_IMAGES:-5000} CHAOS_FAULTS=$${CHAOS_FAULTS:-100} \
