@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -172,7 +171,7 @@ func brokerFaults(rabbit *testServer) []chaosFault {
 
 func (w *chaosWorld) setHosts(mode string) {
 	for _, h := range w.hosts {
-		h.mode.Store(mode)
+		h.setMode(mode)
 	}
 }
 
@@ -288,18 +287,23 @@ const mostTroubles = 3
 type chaosHost struct {
 	*httptest.Server
 	photos [][]byte
-	mode   atomic.Value // string: a key of hostModes, or ""
 
 	mu       sync.Mutex
+	mode     string         // a key of hostModes, or "" when it is well
 	troubles map[string]int // by path
 }
 
 func newChaosHost(t *testing.T, photos [][]byte) *chaosHost {
 	h := &chaosHost{photos: photos, troubles: make(map[string]int)}
-	h.mode.Store("")
 	h.Server = httptest.NewServer(h)
 	t.Cleanup(func() { h.CloseClientConnections(); h.Close() })
 	return h
+}
+
+func (h *chaosHost) setMode(mode string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.mode = mode
 }
 
 func (h *chaosHost) source(kind string, n int64) string {
@@ -336,7 +340,7 @@ func (h *chaosHost) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (h *chaosHost) trouble(kind, path string) string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	mode := h.mode.Load().(string)
+	mode := h.mode
 	if mode == "" && kind == "flaky" && h.troubles[path] < 2 {
 		mode = "503"
 	}
