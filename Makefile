@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench api-check deploy-check consistency compare-images docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench chaos consistency compare-images api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -86,6 +86,12 @@ deploy-check:
 ## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
 compare-images:
 	@scripts/compare-images.sh
+
+## chaos: everything is killed, frozen and cut off while products come in, and an audit of what became of them; 10 minutes
+# CHAOS_IMAGES, CHAOS_FAULTS and CHAOS_DURATION make it longer or shorter, CHAOS_SEED repeats a choice of faults.
+chaos: servers tools
+	@REQUIRE_SERVERS=1 CHAOS_IMAGES=$${CHAOS_IMAGES:-5000} CHAOS_FAULTS=$${CHAOS_FAULTS:-100} \
+		go test -count=1 -run '^TestChaos$$' -v -timeout 25h .
 
 ## consistency: a million reads while Redis is hurt, checked against what clients may see; some minutes
 consistency: servers tools

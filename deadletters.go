@@ -162,6 +162,7 @@ func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, chan
 	if err != nil {
 		return 0, nil, fmt.Errorf("replay %d dead letters: %w", len(ids), err)
 	}
+	point("replayed")
 	return replayed, changed, nil
 }
 

@@ -36,7 +36,7 @@ type instance struct {
 	log  *watchedLog
 	stop func() error // as SIGTERM does, and waits for the end
 	kill func()       // as SIGKILL does; only a process can be killed
-	wait func() error // for the end of a process
+	wait func() error // until it ends by itself; only a process does
 	pid  int
 }
 
@@ -79,8 +79,22 @@ func start(t *testing.T, env map[string]string, args ...string) *instance {
 // startBinary runs the program as a process of its own.
 func startBinary(t testing.TB, env map[string]string, args ...string) *instance {
 	t.Helper()
+	i := launchProgram(t, programPath(t), env, args...)
+	i.awaitStart(t, args)
+	return i
+}
+
+// launchProgram starts a program and does not wait until it works. It ends with
+// the test.
+func launchProgram(t testing.TB, path string, env map[string]string, args ...string) *instance {
+	t.Helper()
+	r, err := theReaper()
+	if err != nil {
+		t.Fatal(err)
+	}
 	i := &instance{log: newWatchedLog()}
-	cmd := exec.Command(programPath(t), args...)
+	cmd := exec.Command(path, args...)
+	cmd.SysProcAttr = groupAttr(nil)
 	cmd.Stderr = i.log
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}
 	for name, value := range env {
@@ -91,22 +105,22 @@ func startBinary(t testing.TB, env map[string]string, args ...string) *instance 
 		t.Fatal(err)
 	}
 	i.pid = cmd.Process.Pid
-	wait := sync.OnceValue(func() error {
+	r.watch(i.pid, syscall.SIGKILL)
+	i.wait = sync.OnceValue(func() error {
 		err := cmd.Wait()
+		r.forget(i.pid)
 		i.log.Close()
 		return err
 	})
-	i.wait = wait
 	i.stop = func() error {
 		cmd.Process.Signal(syscall.SIGTERM)
-		return wait()
+		return i.wait()
 	}
 	i.kill = func() {
 		cmd.Process.Kill()
-		wait()
+		i.wait()
 	}
 	t.Cleanup(func() { i.kill(); i.dumpIfFailed(t) })
-	i.awaitStart(t, args)
 	return i
 }
 
@@ -120,19 +134,28 @@ func programPath(t testing.TB) string {
 	return path
 }
 
-// programFile is where the program is built; TestMain removes it.
-func programFile() string {
-	return filepath.Join(os.TempDir(), fmt.Sprintf("pms-test-program-%d", os.Getpid()))
+// The kinds of the program: as it is shipped, and with points.go's points armed.
+const (
+	plainProgram = "plain"
+	armedProgram = "armed"
+)
+
+// programFile is where a kind of the program is built; TestMain removes it.
+func programFile(kind string) string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("pms-test-%s-%d", kind, os.Getpid()))
 }
 
-var buildBinary = sync.OnceValues(func() (string, error) {
-	path := programFile()
-	out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
+var buildBinary = sync.OnceValues(func() (string, error) { return buildProgram(plainProgram) })
+
+func buildProgram(kind string, flags ...string) (string, error) {
+	path := programFile(kind)
+	command := append([]string{"build", "-o", path}, flags...)
+	out, err := exec.Command("go", append(command, ".")...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
 	}
 	return path, nil
-})
+}
 
 // awaitStart waits until the instance works, and learns its address.
 func (i *instance) awaitStart(t testing.TB, args []string) {
@@ -315,6 +338,11 @@ func (i *instance) call(t *testing.T, method, path string, body, out any) *http.
 }
 
 func (i *instance) send(method, path string, body, out any) (*http.Response, error) {
+	return i.sendWith(method, path, body, nil, out)
+}
+
+// sendWith is send with more header fields.
+func (i *instance) sendWith(method, path string, body any, header http.Header, out any) (*http.Response, error) {
 	var sent []byte
 	if body != nil {
 		var err error
@@ -326,6 +354,7 @@ func (i *instance) send(method, path string, body, out any) (*http.Response, err
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(request.Header, header)
 	request.Header.Set("Content-Type", "application/json")
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {

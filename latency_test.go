@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"net/http"
 	"slices"
 	"strconv"
@@ -84,4 +85,45 @@ func medianPosts(t *testing.T, one, other *instance) (first, second time.Duratio
 		slices.Sort(times[n])
 	}
 	return times[0][posts/2], times[1][posts/2]
+}
+
+// On an idle system a worker has an image in hand within 50 ms of the 201: the
+// dispatcher is woken, not waited for.
+func TestPickupLatency(t *testing.T) {
+	// Not parallel: it measures.
+	env := environment(serverEnv(t))
+	api, worker := startBinary(t, env, "api"), startBinary(t, env, "worker")
+	worker.log.await(t, `"msg":"consumer is connected"`)
+	const limit = 50 * time.Millisecond
+	var medians []time.Duration
+	for range 5 { // see within
+		median := medianPickup(t, api, worker)
+		if median <= limit {
+			t.Logf("a worker has an image in hand %v after the 201", median)
+			return
+		}
+		medians = append(medians, median)
+	}
+	t.Errorf("a worker has an image in hand %v after the 201, want at most %v", medians, limit)
+}
+
+// medianPickup is the time from a 201 to the worker's first line about its image.
+func medianPickup(t *testing.T, api, worker *instance) time.Duration {
+	t.Helper()
+	photos := newPhotoServer(t)
+	source := photos.serve("/photo", jpegPhoto(t, 20, 20))
+	const posts = 30
+	times := make([]time.Duration, posts)
+	for n := range times {
+		p := api.post(t, source)
+		answered := time.Now()
+		var line struct{ Time time.Time }
+		if err := json.Unmarshal([]byte(worker.log.await(t, `"msg":"image received"`, `"product_id":`+strconv.FormatInt(p.ID, 10)+`,`)), &line); err != nil {
+			t.Fatal(err)
+		}
+		times[n] = line.Time.Sub(answered)
+		worker.log.await(t, `"msg":"image ready"`, `"product_id":`+strconv.FormatInt(p.ID, 10)+`,`)
+	}
+	slices.Sort(times)
+	return times[posts/2]
 }

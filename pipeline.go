@@ -228,6 +228,7 @@ func (p *pipeline) download(ctx context.Context, d Delivery) *work {
 		w.log = w.log.With("traceparent", d.Job.Traceparent)
 	}
 	w.log.Debug("image received")
+	point("received")
 	return p.step("download", ctx, func(ctx context.Context, w *work) error {
 		err := p.persist(ctx, w, func() (err error) {
 			w.image, err = p.store.PendingImage(ctx, d.Job.ID)
@@ -240,6 +241,7 @@ func (p *pipeline) download(ctx context.Context, d Delivery) *work {
 			return err
 		}
 		w.source, err = p.fetch(ctx, w.image.Source)
+		point("downloaded")
 		return err
 	})(w)
 }
@@ -299,13 +301,20 @@ func (p *pipeline) storeObject(ctx context.Context, w *work) error {
 		if err := p.store.ReserveObject(ctx, w.image.ID, w.image.Key); err != nil {
 			return err
 		}
-		return p.blobs.Put(ctx, w.image.Key, w.out.ContentType, w.out.Data)
+		point("object reserved")
+		err := p.blobs.Put(ctx, w.image.Key, w.out.ContentType, w.out.Data)
+		point("object stored")
+		return err
 	})
 }
 
 // settle writes down what has become of the image, and only then lets go of the
 // delivery: a crash before that has the image delivered again.
 func (p *pipeline) settle(ctx context.Context, w *work) {
+	if leftOut("commit before ack") {
+		_ = w.delivery.Ack()
+	}
+	point("about to settle")
 	var failed *imageError
 	switch {
 	case w.err == nil:
@@ -317,12 +326,14 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 	switch {
 	case w.err == nil:
 		err = w.delivery.Ack()
+		point("acked")
 	case errors.Is(w.err, errNotFound):
 		err = p.letGo(ctx, w)
 	case errors.Is(w.err, errHostBusy):
 		err = p.putOff(ctx, w)
 	case errors.As(w.err, &failed):
 		err = w.delivery.Reject()
+		point("rejected")
 	default:
 		w.log.Warn("image given back unfinished", "err", w.err)
 		err = p.giveBack(ctx, w)
@@ -373,6 +384,7 @@ func (p *pipeline) settleReady(ctx context.Context, w *work) error {
 	if err != nil {
 		return err
 	}
+	point("settled as ready")
 	imagesReady.Inc()
 	countBytes(w.image)
 	p.invalidate(w.delivery.Job.ProductID, version)
@@ -398,10 +410,12 @@ func (p *pipeline) settleFailed(ctx context.Context, w *work, why *imageError) e
 	}
 	p.invalidate(w.delivery.Job.ProductID, version)
 	if f.RetryAt.IsZero() {
+		point("settled as dead")
 		imagesDead.Inc()
 		w.log.Warn("image dead", "attempt", f.Attempt, "duration", f.Duration.Seconds(), "source", w.image.Source, "code", why.Code, "err", why)
 		return why
 	}
+	point("settled for a retry")
 	imagesRetried.Inc()
 	w.log.Warn("image will be tried again", "attempt", f.Attempt, "duration", f.Duration.Seconds(), "source", w.image.Source,
 		"code", why.Code, "err", why, "retry_at", f.RetryAt)

@@ -67,6 +67,18 @@ func (p *tcpProxy) Cut() {
 	})
 }
 
+// Reset breaks all connections off with a TCP reset, and accepts new ones.
+func (p *tcpProxy) Reset() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for conn := range p.conns {
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			tcp.SetLinger(0)
+		}
+		conn.Close()
+	}
+}
+
 // Stall lets no byte through, either way, and keeps connections open; new ones
 // are accepted and go nowhere. What was sent meanwhile arrives after Restore.
 func (p *tcpProxy) Stall() {
@@ -270,6 +282,22 @@ func TestProxyCutClosesAndRefusesUntilRestored(t *testing.T) {
 	p.Restore(t)
 	if !echo(t, dialProxy(t, p), "again", soon) {
 		t.Error("no echo after Restore")
+	}
+}
+
+func TestProxyResetBreaksOffAndAcceptsAnew(t *testing.T) {
+	t.Parallel()
+	p := startProxy(t, startEcho(t))
+	conn := dialProxy(t, p)
+	if !echo(t, conn, "hello", soon) {
+		t.Fatal("no echo through the proxy")
+	}
+	p.Reset()
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read after Reset: %v, want connection reset", err)
+	}
+	if !echo(t, dialProxy(t, p), "again", soon) {
+		t.Error("no echo after Reset")
 	}
 }
 

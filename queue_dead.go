@@ -211,9 +211,11 @@ func (s *deadSweep) compare(ctx context.Context, batch []amqp.Delivery) error {
 // back, the numbers differ, and the next sweep removes them.
 func (s *deadSweep) removeExtra(ctx context.Context) error {
 	for _, message := range s.extra {
+		point("dead copy judged")
 		if err := message.Ack(false); err != nil {
 			return fmt.Errorf("remove a dead copy: %w", err)
 		}
+		point("dead copy removed")
 	}
 	for _, ch := range s.channels {
 		if err := s.link.call(ctx, ch.Close); err != nil {
@@ -233,6 +235,9 @@ func (s *deadSweep) addMissing(ctx context.Context, dead iter.Seq2[Job, error]) 
 		refused, err := p.publish(ctx, missing)
 		if err == nil && len(refused) > 0 {
 			err = errQueueRefused
+		}
+		if len(missing) > 0 {
+			point("dead copies added")
 		}
 		missing = missing[:0]
 		return wrap("add missing dead copies", err)

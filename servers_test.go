@@ -49,7 +49,7 @@ const (
 
 // sharedVHosts is how many tests can use the shared RabbitMQ, each with a
 // virtual host; each costs the start 25 ms, and many of them more than that.
-const sharedVHosts = 64
+const sharedVHosts = 112
 
 // setupTimeout bounds what a test's own database, queue or bucket may take.
 const setupTimeout = 30 * time.Second
@@ -69,7 +69,8 @@ func TestMain(m *testing.M) {
 		if os.Getenv(testRedisVar) != "" || os.Getenv(testAMQPVar) != "" {
 			flag.Set("test.parallel", "1") // the flag is always there
 		}
-		defer os.Remove(programFile())
+		defer os.Remove(programFile(plainProgram))
+		defer os.Remove(programFile(armedProgram))
 		return unseenAnswers(m.Run())
 	}))
 }

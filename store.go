@@ -253,6 +253,7 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 	if err != nil {
 		return Product{}, fmt.Errorf("create product: %w", err)
 	}
+	point("product created")
 	return p, nil
 }
 
@@ -343,6 +344,7 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 	if err != nil {
 		return Product{}, fmt.Errorf("update product %d: %w", id, err)
 	}
+	point("product changed")
 	return p, nil
 }
 
@@ -454,6 +456,7 @@ func (s *store) DeleteProduct(ctx context.Context, id int64, allow func(Product)
 	if err != nil {
 		return fmt.Errorf("delete product %d: %w", id, err)
 	}
+	point("product deleted")
 	return nil
 }
 
