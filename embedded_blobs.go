@@ -225,8 +225,44 @@ func (b *fileBlobs) serve(w http.ResponseWriter, r *http.Request) error {
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Cache-Control", blobCacheControl)
 	header.Set("ETag", strconv.Quote(path.Base(key))) // the name has the content's hash
-	http.ServeContent(w, r, "", info.ModTime(), file)
-	return nil
+	refusal := refusedContent{ResponseWriter: w}
+	http.ServeContent(&refusal, r, "", info.ModTime(), file)
+	return refusal.err()
+}
+
+// refusedContent keeps the plain-text errors of http.ServeContent back, so that
+// they can be rendered like all others.
+type refusedContent struct {
+	http.ResponseWriter
+	status int // 0: not refused
+}
+
+func (c *refusedContent) WriteHeader(status int) {
+	if status >= http.StatusBadRequest {
+		c.status = status
+		c.Header().Del("Last-Modified")
+		return
+	}
+	c.ResponseWriter.WriteHeader(status)
+}
+
+func (c *refusedContent) Write(data []byte) (int, error) {
+	if c.status != 0 {
+		return len(data), nil
+	}
+	return c.ResponseWriter.Write(data)
+}
+
+func (c *refusedContent) err() error {
+	switch c.status {
+	case 0:
+		return nil
+	case http.StatusPreconditionFailed:
+		return &httpError{c.status, "the image is not the one that the condition names"}
+	case http.StatusRequestedRangeNotSatisfiable:
+		return &httpError{c.status, "the image has no such part"}
+	}
+	return fmt.Errorf("serve a file: status %d", c.status)
 }
 
 // open opens a stored image. It looks before it opens: opening what is no

@@ -410,6 +410,7 @@ var (
 	headerHit        = []string{"pms; hit"}
 	headerMiss       = []string{"pms; fwd=miss"}
 	headerNosniff    = []string{"nosniff"}
+	headerNoContent  = []string{"default-src 'none'; frame-ancestors 'none'"} // of an answer that is no page
 )
 
 // writeDocument answers with a product.

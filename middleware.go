@@ -93,6 +93,7 @@ func (rec *recorder) setHeader(header http.Header) {
 	rec.ids[0] = rec.origin.RequestID
 	header["X-Request-Id"] = rec.ids[:]
 	header["X-Content-Type-Options"] = headerNosniff
+	header["Content-Security-Policy"] = headerNoContent
 	if rec.origin.Traceparent != "" {
 		header["Traceparent"] = []string{rec.origin.Traceparent}
 	}
