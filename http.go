@@ -305,16 +305,25 @@ func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, 
 		}
 		return nil, &httpError{http.StatusUnsupportedMediaType, "Content-Type must be " + strings.Join(types, " or ")}
 	}
+	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
+		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
+		return nil, &httpError{http.StatusUnsupportedMediaType, "the body must not be compressed"}
+	}
+	if r.ContentLength > maxBody {
+		return nil, errBodyTooLarge
+	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return nil, &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}
+		return nil, errBodyTooLarge
 	case err != nil:
 		return nil, &httpError{http.StatusBadRequest, "the body could not be read"}
 	}
 	return body, nil
 }
+
+var errBodyTooLarge = &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}
 
 // The limits of the parameter limit.
 const (

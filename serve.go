@@ -353,7 +353,9 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       keepAliveTimeout,
 		MaxHeaderBytes:    maxRequestHeader,
-		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
+
+		DisableGeneralOptionsHandler: true, // "OPTIONS *" is refused in our own words
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- web.Serve(a.listener) }()
