@@ -32,6 +32,9 @@ func (s *server) productEvents(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	if err := w.(*recorder).enter(&s.limits.streaming); err != nil {
+		return err
+	}
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
 	stream := eventStream{w: w, control: http.NewResponseController(w)}

@@ -40,6 +40,7 @@ type server struct {
 	parts      []part                  // what readiness depends on
 	authOn     bool
 	tokens     tokenCache
+	limits     requestLimits
 	log        *slog.Logger
 	inFlight   sync.Map      // Idempotency-Keys of requests in work
 	stopping   chan struct{} // closed when the server is to end
@@ -312,6 +313,10 @@ func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, 
 	if r.ContentLength > maxBody {
 		return nil, errBodyTooLarge
 	}
+	rec := w.(*recorder)
+	if err := rec.enter(&rec.limits.reading); err != nil {
+		return nil, err
+	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	var tooLarge *http.MaxBytesError
 	switch {
@@ -320,7 +325,7 @@ func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, 
 	case err != nil:
 		return nil, &httpError{http.StatusBadRequest, "the body could not be read"}
 	}
-	return body, nil
+	return body, rec.enter(&rec.limits.working)
 }
 
 var errBodyTooLarge = &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}

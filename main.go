@@ -68,6 +68,8 @@ func commands() []command {
 		{"worker", "", "the image pipeline alone; needs DATABASE_URL and AMQP_URL", serveCommand},
 		{"user add", "-name NAME -email EMAIL", "adds a user, prints its id", addUserCommand},
 		{"token create", "-user ID [-admin]", "creates an API token, prints it once", createTokenCommand},
+		{"token list", "", "lists the tokens with their last use", listTokensCommand},
+		{"token revoke", "ID...", "takes tokens back, within 5 seconds everywhere", revokeTokenCommand},
 		{"dead list", "", "lists the dead letters", deadListCommand},
 		{"dead show", "ID", "shows one with the history of its attempts", deadShowCommand},
 		{"dead replay", "ID... | -all", "queues dead letters anew", deadReplayCommand},

@@ -254,8 +254,9 @@ func (a *app) logStart() {
 	}
 	a.log.Info("starting", "command", a.name, "store", kind(a.DatabaseURL, "postgres"), "queue", kind(a.AMQPURL, "rabbitmq"),
 		"cache", a.cacheName, "blobs", kind(a.S3Bucket, "s3"), "auth", a.Auth)
-	if !a.Auth && a.listener != nil && !isLoopback(a.ListenAddr) {
-		a.log.Warn("authentication is off: whoever reaches the address may change everything", "addr", a.listener.Addr().String())
+	if !a.Auth && a.listener != nil {
+		a.log.Warn("AUTHENTICATION IS OFF: whoever reaches the address, through a proxy too, may read and change everything",
+			"addr", a.listener.Addr().String(), "loopback", isLoopback(a.ListenAddr))
 	}
 	if a.FetchLimits.AllowPrivate {
 		a.log.Warn("images may be fetched from private addresses (IMAGE_ALLOW_PRIVATE)")
@@ -343,6 +344,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		log:        a.log,
 		stopping:   make(chan struct{}),
 	}
+	s.limits.set(a.Limits)
 	if a.media != nil {
 		s.media = a.media.serve
 	}
