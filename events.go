@@ -42,6 +42,9 @@ func (s *server) productEvents(w http.ResponseWriter, r *http.Request) error {
 	if err := stream.control.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
+	if stream.write(":\n\n") != nil { // so that the client knows at once that it is connected
+		return nil
+	}
 	poll := time.NewTicker(eventsPoll)
 	defer poll.Stop()
 	var seen map[int]string
