@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench docker-test clean fuzz
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -69,6 +69,15 @@ govulncheck: $(bin)/staticcheck vet
 bench: servers tools
 	@REQUIRE_SERVERS=1 go test -run '^$$' -bench . -benchmem -count 6 . | tee .cache/bench.txt
 	@$(bin)/benchstat .cache/bench.txt
+
+## fuzz: every fuzz target, FUZZTIME each (10 minutes)
+# One worker, at low priority: it may run beside other work.
+FUZZTIME ?= 10m
+fuzz:
+	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
+		$(call phase,$$target for $(FUZZTIME)); \
+		nice -n 15 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -parallel 1 .; \
+	done
 
 ## docker-test: make test in a container, for machines without the servers
 docker-test:
