@@ -75,7 +75,7 @@ bench: servers tools
 FUZZTIME ?= 10m
 fuzz:
 	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
-		$(call phase,$$target for $(FUZZTIME)); \
+		echo "$$target for $(FUZZTIME)"; \
 		nice -n 15 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -parallel 1 .; \
 	done
 
