@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -22,7 +23,7 @@ func TestSlowClientsSlowDownNobodyElse(t *testing.T) {
 	const each = 500
 	var servers [2]*instance
 	for n := range servers {
-		servers[n] = startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir(), "LOG_LEVEL": "info"}))
+		servers[n] = startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir(), "LOG_LEVEL": "info", "MAX_REQUESTS": strconv.Itoa(each / 2)}))
 		servers[n].post(t)
 	}
 	quiet, attacked := servers[0], servers[1]
