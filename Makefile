@@ -76,7 +76,7 @@ FUZZTIME ?= 10m
 fuzz:
 	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
 		echo "$$target for $(FUZZTIME)"; \
-		nice -n 15 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -parallel 1 .; \
+		nice -n 15 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s -parallel 1 .; \
 	done
 
 ## docker-test: make test in a container, for machines without the servers

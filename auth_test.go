@@ -151,6 +151,18 @@ func TestAuthorizationHeaders(t *testing.T) {
 	}
 }
 
+// What does not look like a token is refused without a query.
+func TestMalformedTokensCostNoQuery(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	a.authOn = true
+	a.store.Close()
+	a.do(t, "GET", "/products", "", "Authorization", "Bearer x").wantProblem(t, 401)
+	if got := a.do(t, "GET", "/products", "", "Authorization", "Bearer "+tokenPrefix+strings.Repeat("x", 43)); got.Code < 500 {
+		t.Errorf("a token that must be looked up: %d", got.Code)
+	}
+}
+
 // A token is looked up once in tokenTime, so a revoked one is refused then; a
 // database that is away does not make a token unknown.
 func TestTokensAreLookedUpAgain(t *testing.T) {
