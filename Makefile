@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench docker-test clean fuzz
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench consistency compare-images fuzz docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -78,6 +78,14 @@ fuzz:
 		echo "$$target for $(FUZZTIME)"; \
 		nice -n 15 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s -parallel 1 .; \
 	done
+
+## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
+compare-images:
+	@scripts/compare-images.sh
+
+## consistency: a million reads while Redis is hurt, checked against what clients may see; some minutes
+consistency: servers tools
+	@REQUIRE_SERVERS=1 CONSISTENCY_READS=1000000 go test -count=1 -run '^TestReadsAreConsistent$$' -v -timeout 60m .
 
 ## docker-test: make test in a container, for machines without the servers
 docker-test:

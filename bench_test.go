@@ -1,19 +1,12 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"log/slog"
-	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -22,7 +15,6 @@ import (
 	"time"
 
 	"github.com/redis/rueidis"
-	"golang.org/x/sync/errgroup"
 )
 
 // BenchmarkGet compares what reading one product costs by where it comes from,
@@ -50,7 +42,9 @@ func BenchmarkGet(b *testing.B) {
 	redisURL := testRedis(b)
 	cached := benchmarkCache(b, id, uncached, benchmarkRedis(b, redisURL))
 	remote := benchmarkCache(b, id, uncached, redisOnly{benchmarkRedis(b, redisURL)})
-	local := benchmarkCache(b, id, uncached, newMemoryCache(time.Minute, memoryCacheBytes))
+	local := benchmarkCache(b, id, uncached, newMemoryCache(time.Minute, cacheSize))
+	// Nobody listens there, and it is not even run: the breaker is open.
+	down := newCache(uncached, benchmarkRedis(b, "redis://127.0.0.1:1"), time.Minute, slog.New(slog.DiscardHandler))
 	path := fmt.Sprintf("/products/%d", id)
 	etag := http.Header{"If-None-Match": {etag(doc.Version)}}
 
@@ -62,6 +56,7 @@ func BenchmarkGet(b *testing.B) {
 	}{
 		{"bare", bareHandler(doc), nil, 200},
 		{"uncached", benchmarkAPI(b, uncached, enc), nil, 200},
+		{"redis-down", benchmarkAPI(b, down, enc), nil, 200},
 		{"redis", benchmarkAPI(b, remote, enc), nil, 200},
 		{"client-side", benchmarkAPI(b, cached, enc), nil, 200},
 		{"in-process", benchmarkAPI(b, local, enc), nil, 200},
@@ -87,6 +82,9 @@ func BenchmarkGet(b *testing.B) {
 	}
 	for _, c := range cases {
 		b.Run(c.name+"/loopback", func(b *testing.B) { benchmarkLoopback(b, c.handler, c.header, c.status) })
+	}
+	for _, c := range cases {
+		b.Run(c.name+"/paced", func(b *testing.B) { benchmarkPaced(b, c.handler, c.header, c.status) })
 	}
 }
 
@@ -141,7 +139,7 @@ func benchmarkCache(b *testing.B, id int64, next productReader, backend cacheBac
 }
 
 func benchmarkRedis(b *testing.B, url string) *redisCache {
-	redis, err := newRedisCache(url, time.Minute, slog.New(slog.DiscardHandler))
+	redis, err := newRedisCache(url, time.Minute, cacheSize, slog.New(slog.DiscardHandler))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -151,17 +149,16 @@ func benchmarkRedis(b *testing.B, url string) *redisCache {
 // redisOnly is Redis without the client-side cache in front of it.
 type redisOnly struct{ *redisCache }
 
-func (r redisOnly) Get(id int64) (version int64, body []byte, err error) {
+func (r redisOnly) Get(id int64) (cacheEntry, error) {
 	conn := r.live.Load()
 	if conn == nil {
-		return 0, nil, errCacheAway
+		return cacheEntry{}, errCacheAway
 	}
 	value, err := conn.Do(context.Background(), conn.B().Get().Key(redisKey(id)).Build()).AsBytes()
 	if rueidis.IsRedisNil(err) {
-		return 0, nil, nil
+		return cacheEntry{}, nil
 	}
-	version, body = splitEntry(value)
-	return version, body, err
+	return splitEntry(value), err
 }
 
 // benchmarkAPI is the handler with everything on that a request passes.
@@ -203,112 +200,15 @@ func (w *discardResponse) Write(data []byte) (int, error) {
 }
 func (w *discardResponse) WriteHeader(status int) { w.status = status }
 
-// benchmarkLoopback has another process send the requests, so that what this
-// one spends (cpu-µs/op) is the server's alone.
+// benchmarkLoopback has another process send the requests, as fast as they are
+// answered, so that what this one spends (cpu-µs/op) is the server's alone.
 func benchmarkLoopback(b *testing.B, h http.Handler, header http.Header, status int) {
 	web := httptest.NewServer(h)
 	defer web.Close()
-	client := exec.Command(os.Args[0], "-test.run", "^TestLoadClient$")
-	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Requests: b.N}
-	spec, err := json.Marshal(load)
-	if err != nil {
-		b.Fatal(err)
-	}
-	client.Env = append(os.Environ(), loadClientVar+"="+string(spec))
+	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: b.N}
 	before := cpuTime(b)
-	if out, err := client.CombinedOutput(); err != nil {
-		b.Fatalf("%v: %s", err, out)
-	}
+	load.run(b)
 	b.ReportMetric(float64((cpuTime(b)-before).Nanoseconds())/1e3/float64(b.N), "cpu-µs/op")
-}
-
-// loadClientVar makes TestLoadClient, in a process of its own, a client.
-const loadClientVar = "PMS_LOAD_CLIENT"
-
-// loadConnections is how many connections the client has. Each reads a product
-// of its own, so that no two share a read by chance.
-const loadConnections = 32
-
-// loadClient is what a client is to send, and the status that it must get.
-type loadClient struct {
-	Addr     string
-	Header   http.Header
-	Status   int
-	Requests int
-}
-
-func TestLoadClient(t *testing.T) {
-	spec := os.Getenv(loadClientVar)
-	if spec == "" {
-		t.Skip("is the client of the benchmarks")
-	}
-	var load loadClient
-	if err := json.Unmarshal([]byte(spec), &load); err != nil {
-		t.Fatal(err)
-	}
-	var group errgroup.Group
-	for n := range loadConnections {
-		requests := (load.Requests + n) / loadConnections
-		group.Go(func() error { return load.send(fmt.Sprintf("/products/%d", n+1), requests) })
-	}
-	if err := group.Wait(); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// send sends n requests, one after the other, over one connection. It parses the
-// first two answers, the first of which may be a miss, and reads as many bytes
-// for each of the others: a client that works as hard as the server would keep
-// it from being measured at load.
-func (l loadClient) send(path string, n int) error {
-	conn, err := net.Dial("tcp", l.Addr)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	request, err := http.NewRequest("GET", "http://"+l.Addr+path, nil)
-	if err != nil {
-		return err
-	}
-	maps.Copy(request.Header, l.Header)
-	var wire bytes.Buffer
-	if err := request.Write(&wire); err != nil {
-		return err
-	}
-	if err := conn.SetDeadline(time.Now().Add(2 * time.Minute)); err != nil {
-		return err
-	}
-	buf := make([]byte, 64<<10)
-	size := 0
-	for done := range n {
-		if _, err := conn.Write(wire.Bytes()); err != nil {
-			return err
-		}
-		if done < 2 {
-			size, err = l.parsedAnswer(conn, request, buf)
-		} else {
-			_, err = io.ReadFull(conn, buf[:size])
-		}
-		if err != nil {
-			return err
-		}
-	}
-	want := fmt.Sprintf("HTTP/1.1 %d ", l.Status)
-	if size > 0 && !bytes.HasPrefix(buf, []byte(want)) {
-		return fmt.Errorf("answer %.20q, want %q", buf, want)
-	}
-	return nil
-}
-
-// parsedAnswer answers how many bytes an answer has, headers and all.
-func (l loadClient) parsedAnswer(conn net.Conn, request *http.Request, buf []byte) (size int, err error) {
-	var raw bytes.Buffer
-	response, err := http.ReadResponse(bufio.NewReader(io.TeeReader(conn, &raw)), request)
-	if err != nil {
-		return 0, err
-	}
-	_, err = io.Copy(io.Discard, response.Body)
-	return copy(buf, raw.Bytes()), err
 }
 
 // cpuTime is what this process has used, in user and in system mode.

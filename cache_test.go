@@ -16,8 +16,10 @@ import (
 	"time"
 )
 
-// cacheTTL is longer than any test.
-const cacheTTL = time.Minute
+const (
+	cacheTTL  = time.Minute // longer than any test
+	cacheSize = 64 << 20
+)
 
 var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
 
@@ -90,7 +92,7 @@ func runUntilEnd(t testing.TB, run func(context.Context) error) {
 
 func redisBackend(t *testing.T, redisURL string, log *slog.Logger) *redisCache {
 	t.Helper()
-	backend, err := newRedisCache(redisURL, cacheTTL, log)
+	backend, err := newRedisCache(redisURL, cacheTTL, cacheSize, log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +112,7 @@ func connected(t *testing.T, backend *redisCache) *redisCache {
 func eachBackend(t *testing.T, test func(t *testing.T, open func() cacheBackend)) {
 	t.Run("in the process", func(t *testing.T) {
 		t.Parallel()
-		backend := newMemoryCache(cacheTTL, memoryCacheBytes)
+		backend := newMemoryCache(cacheTTL, cacheSize)
 		test(t, func() cacheBackend { return backend })
 	})
 	t.Run("in Redis", func(t *testing.T) {
@@ -152,8 +154,8 @@ func mustPut(t *testing.T, backend cacheBackend, id, version int64, body []byte)
 func mustGet(t *testing.T, backend cacheBackend, id int64) (version int64, body []byte) {
 	t.Helper()
 	eventually(t, "get succeeds", func() bool {
-		var err error
-		version, body, err = backend.Get(id)
+		entry, err := backend.Get(id)
+		version, body = entry.version, entry.body
 		return err == nil
 	})
 	return version, body
@@ -175,6 +177,10 @@ func TestCacheBackends(t *testing.T) {
 		"a marker":                          {[]entry{{1, marker}}, entry{1, marker}},
 		"a newer body replaces a body":      {[]entry{{1, "a"}, {2, "b"}}, entry{2, "b"}},
 		"an older body is ignored":          {[]entry{{2, "b"}, {1, "a"}}, entry{2, "b"}},
+		"what was not found":                {[]entry{{absent, marker}}, entry{absent, marker}},
+		"any body replaces not found":       {[]entry{{absent, marker}, {1, "a"}}, entry{1, "a"}},
+		"and any marker does":               {[]entry{{absent, marker}, {1, marker}}, entry{1, marker}},
+		"not found is older than all":       {[]entry{{1, marker}, {absent, marker}}, entry{1, marker}},
 		"versions compare as numbers":       {[]entry{{9, "a"}, {10, "b"}, {8, "c"}}, entry{10, "b"}},
 		"a newer marker replaces a body":    {[]entry{{1, "a"}, {2, marker}}, entry{2, marker}},
 		"an older marker is ignored":        {[]entry{{2, "b"}, {1, marker}}, entry{2, "b"}},
@@ -345,8 +351,8 @@ func TestCacheDeletedProductNeverComesBack(t *testing.T) {
 			t.Errorf("reads of a deleted product made %d loads", got-loads)
 		}
 		eventually(t, "the tombstone is stored", func() bool {
-			version, _, err := c.backend.Get(1)
-			return err == nil && version == tombstone
+			entry, err := c.backend.Get(1)
+			return err == nil && entry.version == tombstone
 		})
 	})
 }
@@ -354,7 +360,7 @@ func TestCacheDeletedProductNeverComesBack(t *testing.T) {
 func TestCacheProductDeletedWhileItIsLoaded(t *testing.T) {
 	t.Parallel()
 	db := newGate()
-	c := startCache(t, db, newMemoryCache(cacheTTL, memoryCacheBytes))
+	c := startCache(t, db, newMemoryCache(cacheTTL, cacheSize))
 	read := readAsync(t.Context(), c, 1)
 	answer := <-db.asked
 	c.Invalidate(1, math.MaxInt64)
@@ -370,17 +376,116 @@ func TestCacheProductDeletedWhileItIsLoaded(t *testing.T) {
 	}
 }
 
-func TestCacheDoesNotKeepNotFound(t *testing.T) {
+func TestCacheKeepsNotFound(t *testing.T) {
 	t.Parallel()
 	eachBackend(t, func(t *testing.T, open func() cacheBackend) {
 		db := newShelf()
-		c := startCache(t, db, open())
-		if _, err := c.Product(t.Context(), 1); !errors.Is(err, errNotFound) {
-			t.Fatalf("error is %v", err)
+		here, there := startCache(t, db, open()), startCache(t, db, open())
+		for _, c := range []*cache{here, there} {
+			eventually(t, "what is not there is known not to be", func() bool { return isKnownAbsent(t, c, 1) })
 		}
-		db.commit(1)
+		loads := db.loads.Load()
+		for range 100 {
+			if !isKnownAbsent(t, here, 1) {
+				t.Fatal("not found, but not from the cache")
+			}
+		}
+		if got := db.loads.Load(); got != loads {
+			t.Errorf("100 reads of what is not there made %d loads", got-loads)
+		}
+		here.Invalidate(1, db.commit(1))
+		mustRead(t, here, 1) // at once
+		eventually(t, "the other instance has the new product", func() bool {
+			_, err := there.Product(t.Context(), 1)
+			return err == nil
+		})
+	})
+}
+
+func isKnownAbsent(t *testing.T, c *cache, id int64) bool {
+	t.Helper()
+	doc, err := c.Product(t.Context(), id)
+	if !errors.Is(err, errNotFound) {
+		t.Fatalf("product %d: got version %d, error %v", id, doc.Version, err)
+	}
+	return doc.Cached
+}
+
+func TestCacheForgetsNotFoundSoon(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db := newShelf()
+		c := newCache(db, newMemoryCache(cacheTTL, cacheSize), cacheTTL, quiet)
+		isKnownAbsent(t, c, 1)
+		db.commit(1) // and the word of it is lost
+		<-time.After(absentTTL - time.Second)
+		if !isKnownAbsent(t, c, 1) {
+			t.Error("forgotten before its time")
+		}
+		<-time.After(2 * time.Second)
 		mustRead(t, c, 1)
 	})
+}
+
+// A load that did not find a product which was made meanwhile hides it from
+// nobody.
+func TestCacheCreationIsNotHiddenByALoadFromBefore(t *testing.T) {
+	t.Parallel()
+	eachBackend(t, func(t *testing.T, open func() cacheBackend) {
+		db := newShelf()
+		loading, goOn := make(chan struct{}), make(chan struct{})
+		var first atomic.Bool
+		slow := readerFunc(func(ctx context.Context, id int64) (document, error) {
+			doc, err := db.Product(ctx, id)
+			if first.CompareAndSwap(false, true) {
+				close(loading)
+				<-goOn
+			}
+			return doc, err
+		})
+		here, there := startCache(t, db, open()), startCache(t, slow, open())
+		before := readAsync(t.Context(), there, 1)
+		<-loading
+		here.Invalidate(1, db.commit(1))
+		mustRead(t, here, 1)
+		eventually(t, "the backend knows the product", func() bool {
+			entry, err := here.backend.Get(1)
+			return err == nil && entry.version == 1
+		})
+		close(goOn)
+		if got := <-before; !errors.Is(got.err, errNotFound) {
+			t.Errorf("the load from before got version %d, %v", got.doc.Version, got.err)
+		}
+		mustRead(t, there, 1)
+		mustRead(t, here, 1)
+	})
+}
+
+// What was not found does not come back from a copy that is older than its
+// deletion, and what such a copy shows to have been there is deleted for good.
+func TestCacheDeletedProductDoesNotComeBackFromAnOldCopy(t *testing.T) {
+	t.Parallel()
+	db := newShelf()
+	backend := newMemoryCache(cacheTTL, cacheSize)
+	c := startCache(t, db, backend)
+	if _, err := c.Product(t.Context(), 1); !errors.Is(err, errNotFound) {
+		t.Fatal(err)
+	}
+	backend.mu.Lock()
+	backend.remove(backend.entries[1])
+	backend.mu.Unlock()
+	if err := backend.Put(1, 7, bodyOf(1, 7)); err != nil { // from before the deletion, of which the backend does not know
+		t.Fatal(err)
+	}
+	for range 3 {
+		if doc, err := c.Product(t.Context(), 1); !errors.Is(err, errNotFound) {
+			t.Errorf("got version %d, %v", doc.Version, err)
+		}
+	}
+	eventually(t, "everybody is told", func() bool { version, _ := mustGet(t, backend, 1); return version == tombstone })
+	if got := db.loads.Load(); got != 2 {
+		t.Errorf("made %d loads, want 2", got)
+	}
 }
 
 // gate is a productReader that tells of each load and waits for its answer.
@@ -445,8 +550,8 @@ func TestCacheReadAfterAWriteDoesNotJoinALoadFromBefore(t *testing.T) {
 			}
 			break
 		}
-		if version, _, err := c.backend.Get(1); err != nil || version != 2 {
-			t.Errorf("backend has version %d, error %v", version, err)
+		if entry, err := c.backend.Get(1); err != nil || entry.version != 2 {
+			t.Errorf("backend has version %d, error %v", entry.version, err)
 		}
 	})
 }
@@ -462,7 +567,7 @@ func TestCacheFilledByAnOldLoadAfterItLostItsMemory(t *testing.T) {
 			t.Parallel()
 			db := newShelf(1)
 			db.commit(1)
-			backend := newMemoryCache(cacheTTL, memoryCacheBytes)
+			backend := newMemoryCache(cacheTTL, cacheSize)
 			prepare(backend)
 			c := startCache(t, db, backend)
 			mustRead(t, c, 1)
@@ -482,7 +587,7 @@ func TestCacheFilledByAnOldLoadAfterItLostItsMemory(t *testing.T) {
 func TestCacheReaderThatIsBehindIsNotBelieved(t *testing.T) {
 	t.Parallel()
 	db := newShelf(1)
-	c := startCache(t, db, newMemoryCache(cacheTTL, memoryCacheBytes))
+	c := startCache(t, db, newMemoryCache(cacheTTL, cacheSize))
 	c.Invalidate(1, 5)
 	if doc, err := c.Product(t.Context(), 1); !errors.Is(err, errUnavailable) {
 		t.Errorf("got version %d, error %v", doc.Version, err)
@@ -499,13 +604,13 @@ type watched struct {
 	after func()
 }
 
-func (w *watched) Get(id int64) (version int64, body []byte, err error) {
+func (w *watched) Get(id int64) (entry cacheEntry, err error) {
 	pollUntil(time.Now().Add(settleTime), func() bool {
-		version, body, err = w.cacheBackend.Get(id)
+		entry, err = w.cacheBackend.Get(id)
 		return err == nil
 	})
 	w.after()
-	return version, body, err
+	return entry, err
 }
 
 func TestCacheStampedeMakesOneLoad(t *testing.T) {
@@ -542,7 +647,7 @@ func TestCacheStampedeMakesOneLoad(t *testing.T) {
 func TestCacheReaderTooLateForTheFlightFindsWhatItStored(t *testing.T) {
 	t.Parallel()
 	db := newShelf(1)
-	backend := newMemoryCache(cacheTTL, memoryCacheBytes)
+	backend := newMemoryCache(cacheTTL, cacheSize)
 	looked, goOn := make(chan struct{}), make(chan struct{})
 	var first atomic.Bool
 	c := startCache(t, db, &watched{backend, func() {
@@ -566,7 +671,7 @@ func TestCacheReaderTooLateForTheFlightFindsWhatItStored(t *testing.T) {
 func TestCacheReaderThatLeavesDoesNotEndTheLoadOfOthers(t *testing.T) {
 	t.Parallel()
 	db := newGate()
-	c := startCache(t, db, newMemoryCache(cacheTTL, memoryCacheBytes))
+	c := startCache(t, db, newMemoryCache(cacheTTL, cacheSize))
 	ctx, leave := context.WithCancel(t.Context())
 	first := readAsync(ctx, c, 1)
 	answer := <-db.asked
@@ -591,7 +696,9 @@ func TestCacheFloors(t *testing.T) {
 		want int64
 	}{
 		{"nothing", func() {}, 0},
+		{"it was not found", func() { f.see(1, absent); f.see(1, absent) }, absent},
 		{"a read raises it", func() { f.see(1, 3) }, 3},
+		{"not to be found does not lower it", func() { f.see(1, absent) }, 3},
 		{"an older read does not lower it", func() { f.see(1, 2) }, 3},
 		{"a write raises it", func() { f.write(1, 4) }, 4},
 		{"an older write does not lower it", func() { f.write(1, 2) }, 4},
@@ -623,7 +730,7 @@ func TestCacheForgetsInTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		db := newShelf(1)
-		backend := newMemoryCache(cacheTTL, memoryCacheBytes)
+		backend := newMemoryCache(cacheTTL, cacheSize)
 		c := newCache(db, backend, cacheTTL, quiet)
 		runUntilEnd(t, c.Run)
 		mustRead(t, c, 1)
@@ -631,8 +738,8 @@ func TestCacheForgetsInTime(t *testing.T) {
 		synctest.Wait()
 		wait := func(d time.Duration) { <-time.After(d); synctest.Wait() }
 
-		if version, body, _ := backend.Get(1); version != 2 || body != nil {
-			t.Fatalf("marker was not stored: version %d, body %s", version, body)
+		if entry, _ := backend.Get(1); entry.version != 2 || entry.body != nil {
+			t.Fatalf("marker was not stored: version %d, body %s", entry.version, entry.body)
 		}
 		wait(cacheTTL + loadTimeout - time.Second)
 		if c.floors.get(1) != 2 {
@@ -664,13 +771,13 @@ func TestMemoryCacheStaysWithinItsBound(t *testing.T) {
 	m.Get(0) // now 1 is the least recently used
 	m.Put(10, 1, make([]byte, body))
 	for id, want := range map[int64]bool{0: true, 1: false, 2: true, 10: true} {
-		if version, _, _ := m.Get(id); (version != 0) != want {
-			t.Errorf("product %d is there: %v, want %v", id, version != 0, want)
+		if entry, _ := m.Get(id); (entry.version != 0) != want {
+			t.Errorf("product %d is there: %v, want %v", id, entry.version != 0, want)
 		}
 	}
 	m.Put(0, 2, make([]byte, 100*body))
-	if version, got, _ := m.Get(0); version != 2 || got != nil {
-		t.Errorf("of a body larger than the cache it has version %d and %d bytes, want a marker", version, len(got))
+	if entry, _ := m.Get(0); entry.version != 2 || entry.body != nil {
+		t.Errorf("of a body larger than the cache it has version %d and %d bytes, want a marker", entry.version, len(entry.body))
 	}
 	if m.size > m.limit || m.recent.Len() != len(m.entries) {
 		t.Errorf("holds %d of %d bytes, %d entries in the list, %d in the map", m.size, m.limit, m.recent.Len(), len(m.entries))
@@ -679,11 +786,11 @@ func TestMemoryCacheStaysWithinItsBound(t *testing.T) {
 
 func BenchmarkCacheHit(b *testing.B) {
 	b.Run("in the process", func(b *testing.B) {
-		benchmarkHits(b, newMemoryCache(cacheTTL, memoryCacheBytes))
+		benchmarkHits(b, newMemoryCache(cacheTTL, cacheSize))
 	})
 	b.Run("local copy of Redis", func(b *testing.B) {
 		server := startRedis(b)
-		backend, err := newRedisCache(server.URL, cacheTTL, quiet)
+		backend, err := newRedisCache(server.URL, cacheTTL, cacheSize, quiet)
 		if err != nil {
 			b.Fatal(err)
 		}

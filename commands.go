@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net/url"
 	"strconv"
 	"text/tabwriter"
 )
@@ -45,25 +46,52 @@ func createTokenCommand(p *program, ctx context.Context, flags *flag.FlagSet, ar
 	})
 }
 
+// deadFilterFlags are the flags that select dead letters, read as the query
+// parameters of the same meaning are.
+func deadFilterFlags(flags *flag.FlagSet) (read func() (f deadFilter, given bool, err error)) {
+	query := make(url.Values)
+	add := func(name, parameter, help string) {
+		flags.Func(name, help, func(v string) error { query.Set(parameter, v); return nil })
+	}
+	add("code", "code", "only those with this error code")
+	add("host", "host", "only those whose source is on this host")
+	add("user", "user_id", "only those of this user's products")
+	add("since", "since", "only those that failed at this time (RFC 3339) or later")
+	return func() (deadFilter, bool, error) {
+		f, wrong := readDeadFilter(query)
+		if wrong != nil {
+			return f, false, usagef("%s: %s %s", flags.Name(), wrong[0].Field, wrong[0].Detail)
+		}
+		return f, len(query) > 0, nil
+	}
+}
+
 func deadListCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
+	readFilter := deadFilterFlags(flags)
 	if _, err := parse(flags, args, 0); err != nil {
 		return err
 	}
-	return p.withStore(ctx, func(db *store) error {
-		table := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(table, "ID\tPRODUCT\tATTEMPTS\tFAILED AT\tERROR\tSOURCE")
-		for after := int64(0); ; {
-			letters, err := db.DeadLetters(ctx, after, maxLimit)
-			if err != nil || len(letters) == 0 {
-				return errors.Join(err, table.Flush())
-			}
-			for _, d := range letters {
-				after = d.ID
-				fmt.Fprintf(table, "%d\t%d\t%d\t%s\t%s\t%s\n", d.ID, d.ProductID, d.Attempts,
-					d.FailedAt.UTC().Format("2006-01-02T15:04:05Z"), d.ErrorCode, d.Source)
-			}
+	filter, _, err := readFilter()
+	if err != nil {
+		return err
+	}
+	return p.withStore(ctx, func(db *store) error { return p.printDeadLetters(ctx, db, filter) })
+}
+
+func (p *program) printDeadLetters(ctx context.Context, db *store, filter deadFilter) error {
+	table := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "ID\tPRODUCT\tATTEMPTS\tFAILED AT\tERROR\tSOURCE")
+	for after := int64(0); ; {
+		letters, err := db.DeadLetters(ctx, filter, after, maxLimit)
+		if err != nil || len(letters) == 0 {
+			return errors.Join(err, table.Flush())
 		}
-	})
+		for _, d := range letters {
+			after = d.ID
+			fmt.Fprintf(table, "%d\t%d\t%d\t%s\t%s\t%s\n", d.ID, d.ProductID, d.Attempts,
+				d.FailedAt.UTC().Format("2006-01-02T15:04:05Z"), d.ErrorCode, d.Source)
+		}
+	}
 }
 
 func deadShowCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
@@ -83,40 +111,101 @@ func deadShowCommand(p *program, ctx context.Context, flags *flag.FlagSet, args 
 	})
 }
 
-// deadReplayCommand leaves the rest to the running processes: a dispatcher
-// publishes what is due, and caches learn of the new version when their copy
-// expires.
-func deadReplayCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
+// replayOptions are what dead replay is to do.
+type replayOptions struct {
+	filter deadFilter
+	ids    []int64 // in place of the filter
+	rate   int     // a second; 0 is no limit
+	dryRun bool
+}
+
+// readReplayOptions wants exactly one of ids, -all and a filter, so that nobody
+// replays everything by leaving something out.
+func readReplayOptions(flags *flag.FlagSet, args []string) (o replayOptions, err error) {
 	all := flags.Bool("all", false, "replay every dead letter")
+	flags.IntVar(&o.rate, "rate", 0, "at most so many a second")
+	flags.BoolVar(&o.dryRun, "dry-run", false, "only say how many there are")
+	readFilter := deadFilterFlags(flags)
 	words, err := parse(flags, args, -1)
+	if err != nil {
+		return o, err
+	}
+	filter, filtered, err := readFilter()
+	switch {
+	case err != nil:
+		return o, err
+	case o.rate < 0:
+		return o, usagef("dead replay: -rate must not be negative")
+	case len(words) > 0 && (*all || filtered), *all && filtered:
+		return o, usagef("dead replay: either ids, or -all, or a selection")
+	case *all || filtered:
+		o.filter = filter
+		return o, nil
+	}
+	o.ids, err = wordIDs(flags.Name(), words)
+	return o, err
+}
+
+// deadReplayCommand leaves the rest to the running processes: their dispatchers
+// find what is due, at the latest when they next poll.
+func deadReplayCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
+	o, err := readReplayOptions(flags, args)
 	if err != nil {
 		return err
 	}
-	if *all && len(words) > 0 {
-		return usagef("dead replay: either -all or ids")
-	}
 	return p.withStore(ctx, func(db *store) error {
+		if o.dryRun {
+			return p.countReplay(ctx, db, o)
+		}
 		return p.withInvalidation(ctx, func(invalidate func(id, version int64)) error {
-			if *all {
-				n, err := replayAll(ctx, db, invalidate)
-				fmt.Fprintf(p.stdout, "replayed %d\n", n)
-				return err
+			if o.ids != nil {
+				return p.replayIDs(ctx, db, o, invalidate)
 			}
-			ids, err := wordIDs(flags.Name(), words)
-			if err != nil {
-				return err
-			}
-			for _, id := range ids {
-				productID, version, err := db.ReplayDead(ctx, id)
-				if err != nil {
-					return err
-				}
-				invalidate(productID, version)
-				fmt.Fprintf(p.stdout, "replayed %d\n", id)
-			}
-			return nil
+			n, err := replay(ctx, db, o.filter, o.rate, invalidate)
+			fmt.Fprintf(p.stdout, "replayed %d\n", n)
+			return err
 		})
 	})
+}
+
+// countReplay says what a replay would do.
+func (p *program) countReplay(ctx context.Context, db *store, o replayOptions) error {
+	n, err := len(o.ids), error(nil)
+	if o.ids == nil {
+		n, err = db.CountDead(ctx, o.filter)
+	}
+	for _, id := range o.ids {
+		if _, err := db.DeadLetter(ctx, id); err != nil {
+			return err
+		}
+	}
+	if err == nil {
+		fmt.Fprintf(p.stdout, "would replay %d\n", n)
+	}
+	return err
+}
+
+// replayIDs replays one after the other, so that what it printed is done.
+func (p *program) replayIDs(ctx context.Context, db *store, o replayOptions, invalidate func(id, version int64)) error {
+	for n, id := range o.ids {
+		if n > 0 {
+			if err := pauseFor(ctx, o.rate); err != nil {
+				return err
+			}
+		}
+		replayed, changed, err := db.ReplayDead(ctx, []int64{id})
+		if err == nil && replayed == 0 {
+			_, err = db.PendingImage(ctx, id) // in work already, or no dead letter
+		}
+		if err != nil {
+			return err
+		}
+		for _, product := range changed {
+			invalidate(product.ID, product.Version)
+		}
+		fmt.Fprintf(p.stdout, "replayed %d\n", id)
+	}
+	return nil
 }
 
 func deadDiscardCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {

@@ -21,22 +21,25 @@ import (
 // config is every setting of the program. An empty URL means the embedded
 // default of that part.
 type config struct {
-	ListenAddr  string
-	DatabaseURL string
-	RedisURL    string // "off": no cache
-	AMQPURL     string
-	S3Bucket    string
-	S3PublicURL string
-	PublicURL   string
-	DataDir     string
-	Auth        bool
-	Limits      limitSettings
-	CacheTTL    time.Duration
-	Image       imageSettings
-	FetchLimits fetchLimits
-	LogLevel    slog.Level
-	LogText     bool
-	getenv      func(string) string // for what the AWS SDK reads
+	ListenAddr    string
+	DatabaseURL   string
+	RedisURL      string // "off": no cache
+	AMQPURL       string
+	S3Bucket      string
+	S3PublicURL   string
+	PublicURL     string
+	DataDir       string
+	Auth          bool
+	Limits        limitSettings
+	CacheTTL      time.Duration
+	CacheSize     int64 // bytes
+	Image         imageSettings
+	FetchLimits   fetchLimits
+	ShutdownGrace time.Duration
+	ShutdownDelay time.Duration
+	LogLevel      slog.Level
+	LogText       bool
+	getenv        func(string) string // for what the AWS SDK reads
 }
 
 // cpus is how many CPUs the program may use, a container's limit considered, as
@@ -65,6 +68,7 @@ func (c *config) settings() []setting {
 		{"MAX_REQUESTS", "1024", "requests in work at once; as many again that send their bodies, and that listen to events", number(&c.Limits.MaxRequests, 1, 1<<20)},
 		{"RATE_LIMIT", "5000", "requests a second of one token; 0 is no limit", number(&c.Limits.RateLimit, 0, 1<<20)},
 		{"CACHE_TTL", "60s", "how long a cached product may be served after a lost invalidation", duration(&c.CacheTTL, time.Second, 24*time.Hour)},
+		{"CACHE_SIZE", "64MiB", "memory for cached products in the process, the copies of what is in Redis included", byteSize(&c.CacheSize, 1<<20)},
 		{"IMAGE_WORKERS", strconv.Itoa(cpus), "images decoded and encoded at once; default: the number of CPUs", number(&c.Image.Workers, 1, 1024)},
 		{"IMAGE_MEMORY", "256MiB", "memory that decoded images may hold at once", byteSize(&c.Image.Memory, 1<<20)},
 		{"IMAGE_MAX_BYTES", "32MiB", "largest download", byteSize(&c.FetchLimits.MaxBytes, 1)},
@@ -75,6 +79,8 @@ func (c *config) settings() []setting {
 		{"IMAGE_ALLOW_PRIVATE", "false", "allow image URLs on loopback, private and link-local addresses, and any port", boolean(&c.FetchLimits.AllowPrivate)},
 		{"RETRY_ATTEMPTS", "6", "tries of an image before it is dead", number(&c.Image.RetryAttempts, 1, 100)},
 		{"RETRY_BASE", "1s", "first backoff; doubles, with jitter, to 5 minutes at most", duration(&c.Image.RetryBase, time.Millisecond, maxRetryDelay)},
+		{"SHUTDOWN_GRACE", "25s", "for requests and images in hand after SIGTERM; Kubernetes kills after 30 s", duration(&c.ShutdownGrace, time.Millisecond, time.Hour)},
+		{"SHUTDOWN_DELAY", "0s", "before that: how long requests are still taken while /readyz says no; for load balancers that poll it", duration(&c.ShutdownDelay, 0, time.Hour)},
 		{"LOG_LEVEL", "info", "debug, info, warn or error", logLevel(&c.LogLevel)},
 		{"LOG_FORMAT", "", "json or text; else json, but text on a terminal", oneOf(&c.LogText, "text", "json")},
 	}

@@ -2,8 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -23,18 +23,51 @@ type attempt struct {
 	Detail   string
 }
 
-const selectDeadLetters = `
-SELECT ` + imageColumns + `, i.product_id, i.failed_at
-FROM images i
-WHERE i.status = 'failed' AND i.discarded_at IS NULL`
+// deadFilter selects dead letters; its zero value selects all.
+type deadFilter struct {
+	Code   string
+	Host   string // of the source, in the form of hostName
+	Port   int    // of the source; 0 is any
+	UserID *int64
+	Since  time.Time // of the failure, which may be at that very time
+}
+
+// where is the filter as SQL over images i, and its arguments.
+func (f deadFilter) where() (sql string, args []any) {
+	conditions := []string{"i.status = 'failed' AND i.discarded_at IS NULL"}
+	add := func(condition string, value any) {
+		args = append(args, value)
+		conditions = append(conditions, fmt.Sprintf("%s $%d", condition, len(args)))
+	}
+	if f.Code != "" {
+		add("i.error_code =", f.Code)
+	}
+	if f.Host != "" {
+		add("i.host =", f.Host)
+	}
+	if f.Port != 0 {
+		add("i.port =", f.Port)
+	}
+	if f.UserID != nil {
+		add("i.user_id =", *f.UserID)
+	}
+	if !f.Since.IsZero() {
+		add("i.failed_at >=", f.Since.Add(time.Millisecond-1).UTC().Truncate(time.Millisecond)) // rounded up, as times are stored
+	}
+	return strings.Join(conditions, " AND "), args
+}
+
+const selectDeadLetters = `SELECT ` + imageColumns + `, i.product_id, i.failed_at FROM images i WHERE `
 
 func deadLetterTargets(d *deadLetter) []any {
 	return append(imageTargets(&d.Image), &d.ProductID, &d.FailedAt)
 }
 
-// DeadLetters reads a page of the dead letters, by id, after the given one.
-func (s *store) DeadLetters(ctx context.Context, after int64, limit int) ([]deadLetter, error) {
-	r, err := s.Query(ctx, selectDeadLetters+` AND i.id > $1 ORDER BY i.id LIMIT $2`, after, limit)
+// DeadLetters reads a page of the dead letters that f selects, by id, after the
+// given one.
+func (s *store) DeadLetters(ctx context.Context, f deadFilter, after int64, limit int) ([]deadLetter, error) {
+	sql, args := f.pageSQL(after, limit)
+	r, err := s.QueryOnce(ctx, sql, args...)
 	letters, err := collect(r, err, func(r rows) (deadLetter, error) {
 		var d deadLetter
 		err := r.Scan(deadLetterTargets(&d)...)
@@ -43,13 +76,32 @@ func (s *store) DeadLetters(ctx context.Context, after int64, limit int) ([]dead
 	return letters, wrap("list dead letters", err)
 }
 
+func (f deadFilter) pageSQL(after int64, limit int) (string, []any) {
+	where, args := f.where()
+	args = append(args, after)
+	return fmt.Sprintf("%s%s AND i.id > $%d ORDER BY i.id LIMIT %d", selectDeadLetters, where, len(args), limit), args
+}
+
+// CountDead answers how many dead letters f selects.
+func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) {
+	where, args := f.where()
+	r, err := s.QueryOnce(ctx, "SELECT count(*) FROM images i WHERE "+where, args...)
+	counts, err := collect(r, err, func(r rows) (n int, err error) { err = r.Scan(&n); return n, err })
+	if err != nil {
+		return 0, fmt.Errorf("count dead letters: %w", err)
+	}
+	return counts[0], nil
+}
+
+const selectDeadLetter = selectDeadLetters + `i.status = 'failed' AND i.discarded_at IS NULL AND i.id = $1`
+
 const selectAttempts = `SELECT failed_at, duration_ms, code, detail FROM image_attempts WHERE image_id = $1 ORDER BY id`
 
 // DeadLetter reads one dead letter with the history of its attempts, or answers
 // errNotFound.
 func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
 	var d deadLetter
-	if err := queryRow(ctx, s, deadLetterTargets(&d), selectDeadLetters+` AND i.id = $1`, id); err != nil {
+	if err := queryRow(ctx, s, deadLetterTargets(&d), selectDeadLetter, id); err != nil {
 		return d, wrap(fmt.Sprintf("read dead letter %d", id), err)
 	}
 	r, err := s.Query(ctx, selectAttempts, id)
@@ -63,22 +115,56 @@ func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
 	return d, wrap(fmt.Sprintf("read attempts of image %d", id), err)
 }
 
-const replayDead = `
-UPDATE images SET status = 'pending', attempts = 0, run_at = $2, failed_at = NULL, error_code = '', error_detail = ''
-WHERE id = $1 AND status = 'failed' AND discarded_at IS NULL`
+const (
+	selectDeadProducts = `SELECT DISTINCT product_id FROM images WHERE id = ANY($1) AND status = 'failed' AND discarded_at IS NULL`
 
-// ReplayDead queues a dead letter anew, with all its attempts before it, and
-// answers its product and the product's new version. errNotFound if it is not
-// a dead letter.
-func (s *store) ReplayDead(ctx context.Context, id int64) (productID, version int64, err error) {
-	d, err := s.DeadLetter(ctx, id)
-	if err != nil {
-		return 0, 0, err
-	}
-	version, err = s.settle(ctx, d.ProductID, func(tx querier) (int64, error) {
-		return tx.Exec(ctx, replayDead, id, s.now())
+	// In order, so that of two replays neither waits for the other's product.
+	lockProducts = `SELECT id FROM products WHERE id = ANY($1) ORDER BY id FOR UPDATE`
+
+	replayDead = `
+UPDATE images SET status = 'pending', attempts = 0, lone_starts = 0, put_off = 0, run_at = $2,
+	failed_at = NULL, error_code = '', error_detail = ''
+WHERE id = ANY($1) AND status = 'failed' AND discarded_at IS NULL
+RETURNING product_id`
+
+	raiseVersions = `UPDATE products SET version = version + 1, updated_at = $2 WHERE id = ANY($1) RETURNING id, version`
+)
+
+// productVersion is a version that a product has just got.
+type productVersion struct{ ID, Version int64 }
+
+// ReplayDead queues those of the images anew that are dead letters, with all
+// their attempts before them. It answers how many they were, and the new versions
+// of their products. Of two that replay an image at once, one finds it a dead letter.
+func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, changed []productVersion, err error) {
+	err = s.InTx(ctx, func(tx querier) error {
+		products, err := queryIDs(ctx, tx, selectDeadProducts, ids)
+		if err != nil {
+			return err
+		}
+		if _, err := queryIDs(ctx, tx, lockProducts, products); err != nil {
+			return err
+		}
+		now := s.now()
+		owners, err := queryIDs(ctx, tx, replayDead, ids, now)
+		if err != nil {
+			return err
+		}
+		replayed = len(owners)
+		r, err := tx.Query(ctx, raiseVersions, owners, now)
+		changed, err = collect(r, err, func(r rows) (v productVersion, err error) { err = r.Scan(&v.ID, &v.Version); return v, err })
+		return err
 	})
-	return d.ProductID, version, wrap(fmt.Sprintf("replay dead letter %d", id), err)
+	if err != nil {
+		return 0, nil, fmt.Errorf("replay %d dead letters: %w", len(ids), err)
+	}
+	return replayed, changed, nil
+}
+
+// queryIDs runs SQL whose result is a column of ids.
+func queryIDs(ctx context.Context, q querier, sql string, args ...any) ([]int64, error) {
+	r, err := q.Query(ctx, sql, args...)
+	return collect(r, err, func(r rows) (id int64, err error) { err = r.Scan(&id); return id, err })
 }
 
 // DiscardDead gives a dead letter up for good: its image stays failed, but waits
@@ -91,29 +177,53 @@ func (s *store) DiscardDead(ctx context.Context, id int64) error {
 	return wrap(fmt.Sprintf("discard dead letter %d", id), err)
 }
 
-// IsDead says whether an image is a dead letter.
-func (s *store) IsDead(ctx context.Context, id int64) (bool, error) {
-	_, err := s.DeadLetter(ctx, id)
-	if errors.Is(err, errNotFound) {
-		return false, nil
+// replayBatch is how many dead letters one transaction queues anew.
+const replayBatch = 500
+
+// replay queues every dead letter anew that the filter selects, each once, and
+// at most rate of them a second; 0 is no limit. It may be interrupted and called
+// again: what it answers is done, also with an error.
+func replay(ctx context.Context, db *store, f deadFilter, rate int, invalidate func(id, version int64)) (replayed int, err error) {
+	batch := replayBatch
+	if rate > 0 {
+		batch = 1
 	}
-	return err == nil, err
+	for after := int64(0); ; {
+		letters, err := db.DeadLetters(ctx, f, after, batch)
+		if err != nil || len(letters) == 0 {
+			return replayed, err
+		}
+		if after > 0 {
+			if err := pauseFor(ctx, rate); err != nil {
+				return replayed, err
+			}
+		}
+		ids := make([]int64, len(letters))
+		for n, letter := range letters {
+			ids[n] = letter.ID
+		}
+		after = ids[len(ids)-1]
+		n, changed, err := db.ReplayDead(ctx, ids)
+		if err != nil {
+			return replayed, err
+		}
+		replayed += n
+		for _, product := range changed {
+			invalidate(product.ID, product.Version)
+		}
+	}
 }
 
-const selectGivenUp = `
-SELECT attempts FROM images
-WHERE id = $1 AND status = 'pending' AND run_at IS NULL AND published_at <= $2`
-
-// MarkDead makes a dead letter of an image that the broker gave up, since its
-// worker died each time that it had it in hand. An image that was published
-// again after the message the broker gave up, which is of the given time, is not
-// meant: errNotFound.
-func (s *store) MarkDead(ctx context.Context, job Job, published time.Time, why *imageError) (version int64, err error) {
-	var attempts int
-	// A job is marked as published after its message was made, within the lease.
-	err = queryRow(ctx, s, []any{&attempts}, selectGivenUp, job.ID, published.UTC().Add(leaseTime))
-	if err != nil {
-		return 0, wrap(fmt.Sprintf("read image %d", job.ID), err)
+// pauseFor waits for the time between two things of which there may be rate a
+// second, 0 being no limit.
+func pauseFor(ctx context.Context, rate int) error {
+	if rate == 0 {
+		return ctx.Err()
 	}
-	return s.SettleFailed(ctx, job, failure{imageError: why, Attempt: attempts + 1})
+	select {
+	case <-time.After(time.Second / time.Duration(rate)):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }

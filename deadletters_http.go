@@ -3,27 +3,34 @@ package main
 import (
 	"context"
 	"errors"
+	"net"
 	"net/http"
+	"net/url"
+	"strconv"
+	"time"
 )
 
 // deadLetterSort is the only order of the dead letters.
 const deadLetterSort sortOrder = "id"
 
+// deadFilterNames are the query parameters that select dead letters.
+var deadFilterNames = []string{"code", "host", "user_id", "since"}
+
 func (s *server) listDeadLetters(w http.ResponseWriter, r *http.Request) error {
-	filter, err := readDeadLetterQuery(r.URL.RawQuery)
+	filter, after, limit, err := readDeadPage(r.URL.RawQuery)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	letters, err := s.store.DeadLetters(ctx, filter.After.id(), filter.Limit+1)
+	letters, err := s.store.DeadLetters(ctx, filter, after.id(), limit+1)
 	if err != nil {
 		return err
 	}
 	var next *cursor
-	if len(letters) > filter.Limit {
-		letters = letters[:filter.Limit]
-		next = &cursor{Sort: deadLetterSort, ID: letters[filter.Limit-1].ID}
+	if len(letters) > limit {
+		letters = letters[:limit]
+		next = &cursor{Sort: deadLetterSort, ID: letters[limit-1].ID}
 	}
 	items := make([]deadLetterJSON, len(letters))
 	for n, letter := range letters {
@@ -33,12 +40,71 @@ func (s *server) listDeadLetters(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// readDeadLetterQuery reads limit and cursor, as readFilter does.
-func readDeadLetterQuery(raw string) (productFilter, error) {
-	if _, err := readQuery(raw, "limit", "cursor"); err != nil {
-		return productFilter{}, err
+// readDeadPage reads the query of GET /dead-letters.
+func readDeadPage(raw string) (f deadFilter, after *cursor, limit int, err error) {
+	query, err := readQuery(raw, append([]string{"limit", "cursor"}, deadFilterNames...)...)
+	if err != nil {
+		return f, nil, 0, err
 	}
-	return readFilter(raw)
+	limit = defaultLimit
+	f, wrong := readDeadFilter(query)
+	wrong.check(query, "limit", func(v string) (err error) { limit, err = readLimit(v); return err })
+	wrong.check(query, "cursor", func(v string) (err error) { after, err = parseCursor(v, deadLetterSort); return err })
+	return f, after, limit, wrong.err()
+}
+
+// readDeadFilter reads which dead letters are meant, and what is wrong with that.
+func readDeadFilter(query url.Values) (f deadFilter, wrong invalidInput) {
+	wrong.check(query, "code", func(v string) error { f.Code = v; return checkFilled(v) })
+	wrong.check(query, "host", func(v string) (err error) { f.Host, f.Port, err = readHost(v); return err })
+	wrong.check(query, "user_id", func(v string) (err error) { f.UserID, err = readID(v); return err })
+	wrong.check(query, "since", func(v string) (err error) { f.Since, err = readTime(v); return err })
+	return f, wrong
+}
+
+// check has a parameter read if the query has it, and notes what is wrong with it.
+func (e *invalidInput) check(query url.Values, name string, read func(value string) error) {
+	if query.Has(name) {
+		if err := read(query.Get(name)); err != nil {
+			*e = append(*e, fieldError{name, err.Error()})
+		}
+	}
+}
+
+func (e invalidInput) err() error {
+	if e == nil {
+		return nil
+	}
+	return e
+}
+
+func checkFilled(v string) error {
+	if v == "" {
+		return errors.New("must not be empty")
+	}
+	return checkText(v)
+}
+
+// readHost reads a host as a URL names it, with a port or without.
+func readHost(v string) (host string, port int, err error) {
+	if ip := net.ParseIP(v); ip != nil {
+		return hostName(v), 0, nil // IPv6 without brackets too
+	}
+	u, problem := parseImageURL("http://" + v)
+	if problem != "" || u.Host != v {
+		return "", 0, errors.New("must be the host of a URL, with a port or without")
+	}
+	port, _ = strconv.Atoi(u.Port()) // "" is any
+	return hostName(u.Hostname()), port, nil
+}
+
+// readTime reads a time from year 1 to 9999.
+func readTime(v string) (time.Time, error) {
+	t, err := time.Parse(time.RFC3339, v)
+	if err != nil || t.UTC().Year() < 1 || t.UTC().Year() > 9999 {
+		return t, errors.New("must be a time as in RFC 3339, for instance 2026-01-02T03:04:05Z")
+	}
+	return t, nil
 }
 
 func (s *server) getDeadLetter(w http.ResponseWriter, r *http.Request) error {
@@ -70,24 +136,33 @@ func (s *server) replayDeadLetter(w http.ResponseWriter, r *http.Request) error 
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	productID, version, err := s.store.ReplayDead(ctx, id)
-	if errors.Is(err, errNotFound) {
-		if _, pending := s.store.PendingImage(ctx, id); pending == nil {
-			writeJSON(w, http.StatusAccepted, replayedJSON{})
-			return nil
-		}
-	}
+	n, changed, err := s.store.ReplayDead(ctx, []int64{id})
 	if err != nil {
 		return err
 	}
-	s.invalidate(productID, version)
+	if n == 0 {
+		if _, err := s.store.PendingImage(ctx, id); err != nil {
+			return err
+		}
+	}
+	for _, product := range changed {
+		s.invalidate(product.ID, product.Version)
+	}
 	s.afterReplay()
-	writeJSON(w, http.StatusAccepted, replayedJSON{1})
+	writeJSON(w, http.StatusAccepted, replayedJSON{n})
 	return nil
 }
 
 func (s *server) replayDeadLetters(w http.ResponseWriter, r *http.Request) error {
-	n, err := replayAll(r.Context(), s.store, s.invalidate)
+	query, err := readQuery(r.URL.RawQuery, deadFilterNames...)
+	if err != nil {
+		return err
+	}
+	filter, wrong := readDeadFilter(query)
+	if wrong != nil {
+		return wrong
+	}
+	n, err := replay(r.Context(), s.store, filter, 0, s.invalidate)
 	if n > 0 {
 		s.afterReplay()
 	}
@@ -101,29 +176,6 @@ func (s *server) replayDeadLetters(w http.ResponseWriter, r *http.Request) error
 func (s *server) afterReplay() {
 	s.wake()
 	s.replayed()
-}
-
-// replayAll queues every dead letter anew that there is when it begins. It may
-// be interrupted and called again.
-func replayAll(ctx context.Context, db *store, invalidate func(id, version int64)) (replayed int, err error) {
-	for after := int64(0); ; {
-		letters, err := db.DeadLetters(ctx, after, maxLimit)
-		if err != nil || len(letters) == 0 {
-			return replayed, err
-		}
-		for _, letter := range letters {
-			after = letter.ID
-			productID, version, err := db.ReplayDead(ctx, letter.ID)
-			if errors.Is(err, errNotFound) {
-				continue // someone else was faster
-			}
-			if err != nil {
-				return replayed, err
-			}
-			invalidate(productID, version)
-			replayed++
-		}
-	}
 }
 
 func (s *server) discardDeadLetter(w http.ResponseWriter, r *http.Request) error {

@@ -7,26 +7,20 @@ import (
 	"time"
 )
 
-const (
-	// memoryCacheBytes bounds the bodies in the process, like redisLocalBytes
-	// does with Redis.
-	memoryCacheBytes = 64 << 20
-
-	// memoryEntryBytes is what an entry costs beside its body: the map's slot,
-	// the list element and the entry itself, rounded up.
-	memoryEntryBytes = 192
-)
+// memoryEntryBytes is what an entry costs beside its body: the map's slot, the
+// list element and the entry itself, rounded up.
+const memoryEntryBytes = 192
 
 // memoryCache is the cacheBackend in the process: the least recently used
 // entries go when the bound is reached. It is safe for concurrent use.
 type memoryCache struct {
 	ttl   time.Duration
-	limit int // bytes
+	limit int64 // bytes
 
 	mu      sync.Mutex
 	entries map[int64]*list.Element
 	recent  *list.List // of *memoryEntry, the most recently used in front
-	size    int        // bytes
+	size    int64      // bytes
 }
 
 type memoryEntry struct {
@@ -35,11 +29,11 @@ type memoryEntry struct {
 	expires     time.Time
 }
 
-func (e *memoryEntry) size() int { return len(e.body) + memoryEntryBytes }
+func (e *memoryEntry) size() int64 { return int64(len(e.body)) + memoryEntryBytes }
 
 // newMemoryCache returns a backend of at most limit bytes in which bodies live
-// for ttl and markers for markerTTL at least.
-func newMemoryCache(ttl time.Duration, limit int) *memoryCache {
+// for ttl.
+func newMemoryCache(ttl time.Duration, limit int64) *memoryCache {
 	return &memoryCache{
 		ttl:     ttl,
 		limit:   limit,
@@ -55,28 +49,25 @@ func (m *memoryCache) Run(ctx context.Context) error {
 }
 
 // Get implements cacheBackend.
-func (m *memoryCache) Get(id int64) (version int64, body []byte, err error) {
+func (m *memoryCache) Get(id int64) (cacheEntry, error) {
 	now := time.Now()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if entry := m.current(id, now); entry != nil {
 		m.recent.MoveToFront(m.entries[id])
-		return entry.version, entry.body, nil
+		return cacheEntry{version: entry.version, body: entry.body, local: true}, nil
 	}
-	return 0, nil, nil
+	return cacheEntry{local: true}, nil
 }
 
 // Put implements cacheBackend. A body larger than the whole cache is kept as a
 // marker.
 func (m *memoryCache) Put(id, version int64, body []byte) error {
-	if len(body)+memoryEntryBytes > m.limit {
+	if int64(len(body))+memoryEntryBytes > m.limit {
 		body = nil
 	}
 	now := time.Now()
-	expires := now.Add(m.ttl)
-	if body == nil {
-		expires = now.Add(max(m.ttl, markerTTL))
-	}
+	expires := now.Add(entryTTL(version, body, m.ttl))
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if have := m.current(id, now); have != nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
-	"time"
 
 	"golang.org/x/sync/semaphore"
 )
@@ -139,9 +138,4 @@ func (q *embeddedQueue) settle(job Job, v verdict) {
 	if v == verdictReleased {
 		q.add(job)
 	}
-}
-
-// SweepDead has nothing to do, since rejected jobs are kept in their rows alone.
-func (q *embeddedQueue) SweepDead(context.Context, func(Job) (bool, error), func(Job, time.Time) error) error {
-	return nil
 }

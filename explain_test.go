@@ -12,6 +12,9 @@ import (
 // catalogueSize is the size of the catalogue that list queries are proven on.
 const catalogueSize = 1_000_000
 
+// smallCatalogueSize is that of the catalogue which they are compared with.
+const smallCatalogueSize = 10_000
+
 // No page of any list, at its beginning or far into it, reads more rows than
 // its most selective filter matches, and a page's worth besides. (A user, a name
 // and a price at once are not promised this: PostgreSQL then chooses an index by
@@ -26,7 +29,7 @@ func TestListsReadNoMoreThanTheyNeed(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := migratedStore(t, db)
-	fillCatalogue(t, db)
+	fillCatalogue(t, db, catalogueSize)
 	const limit = 50
 	filters := map[string]productFilter{
 		"none":         {},
@@ -40,25 +43,72 @@ func TestListsReadNoMoreThanTheyNeed(t *testing.T) {
 		"user, price":  {UserID: new(int64(7)), MinPrice: new(Price(1000)), MaxPrice: new(Price(2000))},
 		"user, name":   {UserID: new(int64(7)), Name: "boot"},
 	}
+	far := make(map[sortOrder]*cursor)
+	for _, sort := range allSorts() {
+		far[sort] = middle(t, s, sort)
+	}
 	for name, f := range filters {
 		matches := leastMatches(t, s, f)
-		for _, sort := range []sortOrder{"id", "-id", "product_price", "-product_price", "created_at", "-created_at", "product_name", "-product_name"} {
+		for sort, middle := range far {
 			f.Sort, f.Limit = sort, limit
-			for page, after := range map[string]*cursor{"first": nil, "deep": middle(t, s, sort)} {
+			for page, after := range map[string]*cursor{"first": nil, "deep": middle} {
 				f.After = after
-				plan, read := explain(t, db, f)
-				if read > matches+limit {
+				plan, root := explain(t, db, f)
+				if read := int(root.readOf("products")); read > matches+limit {
 					t.Errorf("%s by %s, %s page: reads %d rows, its filter matches %d:\n%s", name, sort, page, read, matches, plan)
 				}
 			}
 		}
 	}
+	wantEvenCosts(t, db, far)
+}
+
+func allSorts() []sortOrder {
+	return []sortOrder{"id", "-id", "product_price", "-product_price", "created_at", "-created_at", "product_name", "-product_name"}
+}
+
+// wantEvenCosts checks that the ten-thousandth page of a list costs at most 1.5
+// of the first, and the first at most 2 of that in a catalogue of 10,000. The
+// cost is what does not depend on the machine: the blocks that PostgreSQL
+// touches, of which two more do not count: a range may begin at the end of one.
+// BenchmarkList has the times. Each list fills its pages at both sizes, since
+// otherwise it is the number of products that would be compared.
+func wantEvenCosts(t *testing.T, db *postgres, middles map[sortOrder]*cursor) {
+	t.Helper()
+	smallDB, err := openPostgres(t.Context(), testDatabase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	migratedStore(t, smallDB)
+	fillCatalogue(t, smallDB, smallCatalogueSize)
+	filters := map[string]productFilter{
+		"none":        {},
+		"large user":  {UserID: new(int64(1))},
+		"wide price":  {MinPrice: new(Price(1000))},
+		"common name": {Name: "SHOE"},
+	}
+	const farOver, sizeOver, more = 1.5, 2, 2
+	var worstFar, worstSize float64
+	for name, f := range filters {
+		for sort, middle := range middles {
+			f.Sort, f.Limit, f.After = sort, 50, nil
+			_, small := explain(t, smallDB, f)
+			_, first := explain(t, db, f)
+			f.After = middle
+			plan, far := explain(t, db, f)
+			worstFar, worstSize = max(worstFar, far.blocks()/first.blocks()), max(worstSize, first.blocks()/small.blocks())
+			if far.blocks() > farOver*first.blocks()+more || first.blocks() > sizeOver*small.blocks() {
+				t.Errorf("%s by %s: %v blocks, first page %v, in a small catalogue %v:\n%s", name, sort, far.blocks(), first.blocks(), small.blocks(), plan)
+			}
+		}
+	}
+	t.Logf("blocks touched: the ten-thousandth page at most %.2f of the first, the first at most %.2f of that in a catalogue of %d", worstFar, worstSize, smallCatalogueSize)
 }
 
 // fillCatalogue stores products of a thousand users, the first of whom has a
 // tenth of them. The indexes are made afterwards, which takes a fraction of
 // the time.
-func fillCatalogue(t *testing.T, db *postgres) {
+func fillCatalogue(t testing.TB, db *postgres, size int) {
 	t.Helper()
 	indexes, err := db.pool.Query(t.Context(), `SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'products' AND indexname <> 'products_pkey'`)
 	if err != nil {
@@ -80,7 +130,7 @@ func fillCatalogue(t *testing.T, db *postgres) {
 		INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at)
 		SELECT CASE WHEN n %% 10 = 0 THEN 1 ELSE 2 + n * 7919 %% 999 END, 'Shoe ' || name, 'shoe ' || lower(name), '',
 			n * 104729 %% 100000, timestamptz '2026-01-01' + n * interval '1 second', now()
-		FROM (SELECT n, (ARRAY['Trail','Boot','Sandal','Clog','Pump'])[1 + n %% 5] || ' number ' || n * 7907 %% 1000003 AS name FROM generate_series(1::bigint, %d) n) p;`, catalogueSize),
+		FROM (SELECT n, (ARRAY['Trail','Boot','Sandal','Clog','Pump'])[1 + n %% 5] || ' number ' || n * 7907 %% 1000003 AS name FROM generate_series(1::bigint, %d) n) p;`, size),
 		create, "ANALYZE products"} {
 		if _, err := db.pool.Exec(t.Context(), sql, pgx.QueryExecModeSimpleProtocol); err != nil {
 			t.Fatalf("%v in %s", err, sql)
@@ -114,11 +164,15 @@ func leastMatches(t *testing.T, s *store, f productFilter) int {
 	return least
 }
 
-// middle is a cursor far into a list.
-func middle(t *testing.T, s *store, sort sortOrder) *cursor {
+// middle is a cursor to the ten-thousandth page of 50 of a list.
+func middle(t testing.TB, s *store, sort sortOrder) *cursor {
 	t.Helper()
+	direction := ""
+	if sort.descending() {
+		direction = "DESC"
+	}
 	var id int64
-	err := queryRow(t.Context(), s, []any{&id}, "SELECT id FROM products ORDER BY id OFFSET 500000 LIMIT 1")
+	err := queryRow(t.Context(), s, []any{&id}, fmt.Sprintf("SELECT id FROM products ORDER BY %s %s, id %s OFFSET 499949 LIMIT 1", sort.column(), direction, direction))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,28 +190,33 @@ type planNode struct {
 	Loops    float64 `json:"Actual Loops"`
 	Filtered float64 `json:"Rows Removed by Filter"`
 	Recheck  float64 `json:"Rows Removed by Index Recheck"`
+	Hit      float64 `json:"Shared Hit Blocks"` // with the children's
+	Missed   float64 `json:"Shared Read Blocks"`
 	Plans    []planNode
 }
 
-// read is how many rows of products a plan has read.
-func (n planNode) read() (rows float64) {
-	if n.Relation == "products" {
+// readOf is how many rows of a table a plan has read.
+func (n planNode) readOf(table string) (rows float64) {
+	if n.Relation == table {
 		rows = (n.Rows + n.Filtered + n.Recheck) * n.Loops
 	}
 	for _, child := range n.Plans {
-		rows += child.read()
+		rows += child.readOf(table)
 	}
 	return rows
 }
 
+// blocks is how many blocks a plan has touched.
+func (n planNode) blocks() float64 { return n.Hit + n.Missed }
+
 // explain runs a list query, planned as the program has it planned.
-func explain(t *testing.T, db *postgres, f productFilter) (plan string, read int) {
+func explain(t *testing.T, db *postgres, f productFilter) (plan string, root planNode) {
 	t.Helper()
 	sql, args, err := f.sql()
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := db.QueryOnce(t.Context(), "EXPLAIN (ANALYZE, FORMAT JSON) "+sql, args...)
+	r, err := db.QueryOnce(t.Context(), "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) "+sql, args...)
 	plans, err := collect(r, err, func(r rows) (text string, err error) { err = r.Scan(&text); return text, err })
 	if err != nil {
 		t.Fatal(err)
@@ -166,5 +225,45 @@ func explain(t *testing.T, db *postgres, f productFilter) (plan string, read int
 	if err := json.Unmarshal([]byte(plans[0]), &out); err != nil {
 		t.Fatal(err)
 	}
-	return plans[0], int(out[0].Plan.read())
+	return plans[0], out[0].Plan
+}
+
+// BenchmarkList compares the first and the ten-thousandth page of lists of a
+// million products with the first of lists of ten thousand.
+//
+//	go test -run '^$' -bench List -count 6 . | tee list.txt && benchstat list.txt
+func BenchmarkList(b *testing.B) {
+	open := func(size int) *store {
+		db, err := openPostgres(b.Context(), testDatabase(b))
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(db.Close)
+		s := newStore(db)
+		if err := s.Migrate(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := s.AddUser(b.Context(), "Ann", "ann@example.com"); err != nil {
+			b.Fatal(err)
+		}
+		fillCatalogue(b, db, size)
+		return s
+	}
+	small, large := open(smallCatalogueSize), open(catalogueSize)
+	for _, sort := range []sortOrder{"id", "-product_price", "created_at", "-product_name"} {
+		for _, page := range []struct {
+			name  string
+			store *store
+			after *cursor
+		}{{"first-of-10k", small, nil}, {"first-of-1M", large, nil}, {"far-in-1M", large, middle(b, large, sort)}} {
+			b.Run(fmt.Sprintf("%s/%s", sort, page.name), func(b *testing.B) {
+				for b.Loop() {
+					got, err := page.store.Products(b.Context(), productFilter{Sort: sort, Limit: 50, After: page.after})
+					if err != nil || len(got) != 50 {
+						b.Fatal(len(got), err)
+					}
+				}
+			})
+		}
+	}
 }

@@ -23,7 +23,8 @@ import (
 const (
 	maxURLBytes       = 2048
 	maxRedirects      = 5
-	maxHostDownloads  = 4 // at once, so that a slow host cannot take all workers
+	maxHostDownloads  = 4           // at once, so that a slow host cannot take all workers
+	hostPatience      = time.Second // without the end of any of them, and the host is busy
 	maxRetryAfter     = time.Hour
 	connectTimeout    = 10 * time.Second // and as much again for the TLS handshake
 	headerTimeout     = 10 * time.Second // from the request to the end of the answer's header
@@ -55,10 +56,22 @@ type fetcher struct {
 	hosts map[string]*hostSlots // of the hosts with a download in work or waiting
 }
 
+// errHostBusy says that a host has as many downloads in work as it may have, and
+// is slow with them. It is no failure of the image, which may come again later.
+var errHostBusy = errors.New("the host is busy with other downloads")
+
 // hostSlots counts the downloads of one host.
 type hostSlots struct {
 	taken chan struct{} // holds one element a download in work
 	users int           // in work or waiting; guarded by fetcher.mu
+	moved atomic.Int64  // when a download last began or ended, in Unix nanoseconds
+}
+
+func (s *hostSlots) move() { s.moved.Store(time.Now().UnixNano()) }
+
+// patience is how much longer to wait for a download to end.
+func (s *hostSlots) patience() time.Duration {
+	return hostPatience - time.Duration(time.Now().UnixNano()-s.moved.Load())
 }
 
 // newFetcher returns a fetcher that needs no closing: its idle connections
@@ -85,8 +98,8 @@ func newFetcher(limits fetchLimits) *fetcher {
 }
 
 // Fetch downloads url whole. What the origin or the URL is to blame for is an
-// *imageError. When ctx ends Fetch returns ctx's error as it is, and our own
-// want (no free file descriptor) is an ordinary error.
+// *imageError. When ctx ends Fetch returns ctx's error as it is, when the host is
+// busy errHostBusy, and our own want (no free file descriptor) is an ordinary error.
 func (f *fetcher) Fetch(ctx context.Context, url string) ([]byte, error) {
 	u, problem := parseImageURL(url)
 	if problem != "" {
@@ -106,7 +119,9 @@ func (f *fetcher) Fetch(ctx context.Context, url string) ([]byte, error) {
 	return data, err
 }
 
-// acquire waits for one of the host's slots. The caller must call release.
+// acquire waits for one of the host's slots, as long as they are given back in
+// time: who waits for a slow host keeps others from their work. The caller must
+// call release.
 func (f *fetcher) acquire(ctx context.Context, host string) (release func(), err error) {
 	f.mu.Lock()
 	slots := f.hosts[host]
@@ -117,12 +132,37 @@ func (f *fetcher) acquire(ctx context.Context, host string) (release func(), err
 	slots.users++
 	f.mu.Unlock()
 
-	select {
-	case slots.taken <- struct{}{}:
-		return func() { <-slots.taken; f.leave(host, slots) }, nil
-	case <-ctx.Done():
+	if err := slots.take(ctx); err != nil {
 		f.leave(host, slots)
-		return nil, ctx.Err()
+		return nil, err
+	}
+	return func() { slots.move(); <-slots.taken; f.leave(host, slots) }, nil
+}
+
+// take takes a slot that is free, or becomes free before the host counts as busy.
+func (s *hostSlots) take(ctx context.Context) error {
+	select {
+	case s.taken <- struct{}{}:
+		s.move()
+		return nil
+	default:
+	}
+	timer := time.NewTimer(s.patience())
+	defer timer.Stop()
+	for {
+		select {
+		case s.taken <- struct{}{}:
+			s.move()
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+		}
+		more := s.patience()
+		if more <= 0 {
+			return errHostBusy
+		}
+		timer.Reset(more)
 	}
 }
 
@@ -138,12 +178,29 @@ func (f *fetcher) leave(host string, slots *hostSlots) {
 
 // hostKey is what downloads are counted by: host:port, whatever the scheme.
 func hostKey(u *url.URL) string {
+	return net.JoinHostPort(hostName(u.Hostname()), portOf(u))
+}
+
+// hostName is the form of a host's name in which equal ones are equal.
+func hostName(name string) string { return strings.TrimSuffix(strings.ToLower(name), ".") }
+
+func portOf(u *url.URL) string {
 	port := "80"
 	if u.Scheme == "https" {
 		port = "443"
 	}
-	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
-	return net.JoinHostPort(host, cmp.Or(u.Port(), port))
+	return cmp.Or(u.Port(), port)
+}
+
+// sourceHost is what an image's source is found by: host and port of its URL. A
+// URL that has none, which the API does not let in, is of the host "".
+func sourceHost(source string) (host string, port int) {
+	u, problem := parseImageURL(source)
+	if problem != "" {
+		return "", 0
+	}
+	port, _ = strconv.Atoi(portOf(u)) // checked by parseImageURL
+	return hostName(u.Hostname()), port
 }
 
 // follow gets u and what it redirects to.

@@ -131,7 +131,7 @@ func TestFetchTakesFourAtOnceFromAHost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var arrived atomic.Int32
 		leave, done := make(chan struct{}), make(chan error)
-		f := pipedFetcher(t, fetchLimits{MaxBytes: 10, Timeout: 9 * time.Second}, func(w http.ResponseWriter, r *http.Request) {
+		f := pipedFetcher(t, fetchLimits{MaxBytes: 10, Timeout: hostPatience}, func(w http.ResponseWriter, r *http.Request) {
 			if r.Host != "other.test" {
 				arrived.Add(1)
 				<-leave
@@ -169,14 +169,64 @@ func TestFetchTakesFourAtOnceFromAHost(t *testing.T) {
 		if err := <-done; err != context.Canceled {
 			t.Errorf("cancelled while it waited: %v", err)
 		}
-		<-time.After(5 * time.Second)
+		<-time.After(hostPatience * 7 / 10)
 		finish(1)
 		if n := arrived.Load(); n != 5 {
 			t.Fatalf("%d downloads begun when one had ended, want 5", n)
 		}
 		finish(3)
-		<-time.After(5 * time.Second) // more than Timeout since the fifth began to wait
+		<-time.After(hostPatience * 7 / 10) // more than Timeout since the fifth began to wait
 		finish(1)
+		if len(f.hosts) != 0 {
+			t.Errorf("hosts remembered: %v", f.hosts)
+		}
+	})
+}
+
+// A host whose downloads do not end is busy: who wants another one is sent away
+// rather than kept waiting, until one of them has ended.
+func TestFetchFromABusyHost(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		leave, done := make(chan struct{}), make(chan error)
+		f := pipedFetcher(t, fetchLimits{MaxBytes: 10, Timeout: time.Minute}, func(w http.ResponseWriter, r *http.Request) {
+			if r.Host != "other.test" {
+				<-leave
+			}
+			io.WriteString(w, "png")
+		})
+		fetch := func(url string) {
+			go func() { _, err := f.Fetch(t.Context(), url); done <- err }()
+			synctest.Wait()
+		}
+		for range maxHostDownloads {
+			fetch("http://slow.test/")
+		}
+		start := time.Now()
+		fetch("http://slow.test/")
+		if err := <-done; err != errHostBusy || time.Since(start) != hostPatience {
+			t.Errorf("the fifth: %v after %v", err, time.Since(start))
+		}
+		fetch("http://slow.test/")
+		if err := <-done; err != errHostBusy || time.Since(start) != hostPatience {
+			t.Errorf("the sixth: %v after %v", err, time.Since(start))
+		}
+		fetch("http://other.test/")
+		if err := <-done; err != nil {
+			t.Errorf("another host: %v", err)
+		}
+		leave <- struct{}{}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		fetch("http://slow.test/") // has the place that is free
+		for range maxHostDownloads {
+			leave <- struct{}{}
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		synctest.Wait()
 		if len(f.hosts) != 0 {
 			t.Errorf("hosts remembered: %v", f.hosts)
 		}

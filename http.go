@@ -111,6 +111,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	if once != nil && once.Answer != nil {
 		doc = document{ID: once.ProductID, Version: 1, Body: once.Answer}
 	}
+	s.invalidate(doc.ID, 1)
 	s.wake()
 	w.Header().Set("Location", "/products/"+strconv.FormatInt(doc.ID, 10))
 	writeDocument(w, http.StatusCreated, doc)

@@ -45,6 +45,9 @@ type decodedImage struct {
 	header imageHeader
 	pixels image.Image
 	frame  image.Rectangle // where pixels lie in the image; the rest is transparent
+
+	// spread runs parts of the work, at once if it can. Nil: one after the other.
+	spread func(parts []func())
 }
 
 // compressedImage is what gets stored.
@@ -106,7 +109,8 @@ func parseHeader(data []byte) (imageHeader, error) {
 }
 
 // What decoding and encoding hold besides what grows with the pixels:
-// inflate and deflate windows, readers, code tables.
+// inflate and deflate windows, readers, code tables, and the rows of bands that
+// are resized at once.
 const fixedCost = 2 << 20
 
 // sideCost is held for each pixel of width and height: weights of three axes,
@@ -126,17 +130,18 @@ func (h imageHeader) costAt(maxSide int) int64 {
 		int64(h.sourceBytes) + sideCost*int64(h.Width+h.Height) + fixedCost
 }
 
-// noiseBytes is what a pixel of white noise takes in a JPEG of quality 80: the
-// most that an encoded form can reach there.
-const noiseBytes = 0.9
+// What the JPEG encoder holds for a sample at most, measured with white noise at
+// quality 100: a token of four bytes for each coefficient, in pieces, and the file.
+const jpegSample = 4.1 + 1.1
 
-// Bytes held for each output pixel. An encoded form counts three times its
-// length, since the buffer doubles as it grows; PNG is never much longer than
-// its pixels. RGBA may need one more byte for a palette's indexes or for grey.
+// Bytes held for each output pixel. A JPEG has one sample for grey and one and
+// a half for colour. PNG is never much longer than its pixels, but counts three
+// times its length, since its buffer doubles as it grows; RGBA may need one more
+// byte for a palette's indexes or for grey.
 const (
-	outputGrey  = 1 + 3*noiseBytes
-	outputYCbCr = 1.5 + 3*noiseBytes
-	outputRGB   = 4 + 1 + 3*noiseBytes
+	outputGrey  = 1 + jpegSample
+	outputYCbCr = 1.5 * (1 + jpegSample)
+	outputRGB   = 4 + outputYCbCr
 	outputRGBA  = 4 + 1 + 3*4.1
 )
 
@@ -253,25 +258,20 @@ func newCompressed(format string, data []byte, bounds image.Rectangle) compresse
 func encodeImage(img image.Image, profile []byte, quality int) (compressedImage, error) {
 	m, ok := img.(*image.NRGBA)
 	if !ok {
-		return encodeJPEG(img, profile, quality)
+		return encodeJPEG(img, profile, quality), nil
 	}
 	if !m.Opaque() {
 		return encodePNG(m, profile)
 	}
 	// An RGB profile may tint grey, so only unprofiled grey becomes a grey JPEG.
 	if grey := greyOf(m); grey != nil && profileSpace(profile) != "RGB " {
-		return encodeJPEG(grey, profile, quality)
+		return encodeJPEG(grey, profile, quality), nil
 	}
-	// Opaque NRGBA and RGBA are the same bytes, and the encoder is fast for RGBA alone.
-	return encodeJPEG(&image.RGBA{Pix: m.Pix, Stride: m.Stride, Rect: m.Rect}, profile, quality)
+	return encodeJPEG(planesOf(m), profile, quality), nil
 }
 
-func encodeJPEG(img image.Image, profile []byte, quality int) (compressedImage, error) {
-	var out bytes.Buffer
-	if err := jpeg.Encode(&out, img, &jpeg.Options{Quality: quality}); err != nil {
-		return compressedImage{}, fmt.Errorf("encode jpeg: %w", err)
-	}
-	data := out.Bytes()
+func encodeJPEG(img image.Image, profile []byte, quality int) compressedImage {
+	data := encodeJPEGPlanes(img, quality)
 	want := "RGB "
 	if _, grey := img.(*image.Gray); grey {
 		want = "GRAY"
@@ -279,7 +279,7 @@ func encodeJPEG(img image.Image, profile []byte, quality int) (compressedImage, 
 	if profileSpace(profile) == want {
 		data = addJPEGProfile(data, profile)
 	}
-	return newCompressed(formatJPEG, data, img.Bounds()), nil
+	return newCompressed(formatJPEG, data, img.Bounds())
 }
 
 // encodePNG writes an image with alpha, with a palette where that is exact.

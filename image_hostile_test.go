@@ -27,8 +27,8 @@ type hostileImage struct {
 // imageCodes are the codes with which an image's bytes can fail.
 var imageCodes = []string{"not_an_image", "corrupt_image", "too_many_pixels", "too_many_scans", "too_much_memory"}
 
-// judge answers what the standard library makes of a small file.
-func judge(data []byte) string {
+// fateOf answers what the standard library makes of a small file.
+func fateOf(data []byte) string {
 	if sniffFormat(data) == "" {
 		return "not_an_image"
 	}
@@ -53,7 +53,7 @@ func sampleImages(t *testing.T) (all []hostileImage) {
 		}
 		for _, name := range names {
 			data := readTestFile(t, name)
-			all = append(all, hostileImage{filepath.Base(name), data, judge(data)})
+			all = append(all, hostileImage{filepath.Base(name), data, fateOf(data)})
 		}
 	}
 	return all
@@ -71,7 +71,7 @@ func spoiltPhotos(t *testing.T) (all []hostileImage) {
 		all = append(all, hostileImage{name, data, "ready"})
 		for _, percent := range []int{0, 1, 25, 50, 75, 99} {
 			cut := data[:max(1, len(data)*percent/100)]
-			all = append(all, hostileImage{fmt.Sprintf("%s, %d%% of it", name, percent), cut, judge(cut)})
+			all = append(all, hostileImage{fmt.Sprintf("%s, %d%% of it", name, percent), cut, fateOf(cut)})
 		}
 		for n := range 6 {
 			flipped := bytes.Clone(data)

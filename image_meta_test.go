@@ -118,10 +118,14 @@ func TestTurnedSamplesStayInPlace(t *testing.T) {
 func TestMetadataIsGone(t *testing.T) {
 	t.Parallel()
 	const comment = "made by secret place"
-	poor := encodedJPEG(t, photo(160, 120), 20) // kept, since quality 80 is larger
-	flat := encodedPNG(t, corners(160, 120))    // kept, since a JPEG is larger
+	poor := encodeJPEGPlanes(photo(160, 120), 20) // kept, since quality 80 is larger
+	flat := encodedPNG(t, corners(160, 120))      // kept, since a JPEG is larger
 	still := webpTestdata(t, "gopher-doc.1bpp.lossless.webp")
-	flatGIF := encodedGIF(t, corners(160, 120))
+	fourColours := image.NewPaletted(image.Rect(0, 0, 160, 120), color.Palette{color.Black, color.White, color.Gray{90}, color.Gray{180}})
+	for i := range fourColours.Pix {
+		fourColours.Pix[i] = uint8(i / 11 % 4)
+	}
+	flatGIF := encodedGIF(t, fourColours) // kept, since a JPEG is larger
 	gifHead := 13 + gifColors(flatGIF[10])
 	tests := map[string][]byte{
 		"jpeg exif":      withJPEGSegment(poor, 0xe1, exifName+exifData(1)),

@@ -103,9 +103,16 @@ func uprightRect(w, h int, o orientation) image.Rectangle {
 func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	o := d.header.Orientation
 	out := image.NewYCbCr(uprightRect(w, h, o), image.YCbCrSubsampleRatio420)
+	var parts []func()
 	plane := func(dst, src []byte, dstStride, srcStride int, horizontal, vertical axis) {
 		g := newGrid(dst, dstStride, 1, len(horizontal.taps), len(vertical.taps), o)
-		resample(func(y int) []byte { return src[y*srcStride:] }, 1, horizontal, vertical, g.put)
+		read := func(y int) []byte { return src[y*srcStride:] }
+		for top := 0; top < len(vertical.taps); top += bandRows {
+			band := vertical.band(top, min(top+bandRows, len(vertical.taps)))
+			parts = append(parts, func() {
+				resample(read, 1, horizontal, band, func(y int, row []byte) { g.put(top+y, row) })
+			})
+		}
 	}
 	srcW, srcH := d.header.Width, d.header.Height
 	plane(out.Y, m.Y, out.YStride, m.YStride, lumaAxis(srcW, w), lumaAxis(srcH, h))
@@ -114,7 +121,22 @@ func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	vertical := chromaAxis(srcH, h, subY, o.mirrorsY())
 	plane(out.Cb, m.Cb, out.CStride, m.CStride, horizontal, vertical)
 	plane(out.Cr, m.Cr, out.CStride, m.CStride, horizontal, vertical)
+	d.run(parts)
 	return out
+}
+
+// bandRows is how many output rows are resized as one part of the work. A band
+// has tables of its own and reads some rows of its neighbours' again, so it is not small.
+const bandRows = 512
+
+func (d *decodedImage) run(parts []func()) {
+	if d.spread != nil {
+		d.spread(parts)
+		return
+	}
+	for _, part := range parts {
+		part()
+	}
 }
 
 // subsampling is how many pixels one chroma sample covers in each direction.
@@ -367,6 +389,36 @@ func palettedOf(m *image.NRGBA) *image.Paletted {
 			out.Palette = append(out.Palette, c)
 		}
 		out.Pix[i] = index
+	}
+	return out
+}
+
+// planesOf converts an opaque image to YCbCr (JFIF 1.02) of half as many chroma
+// samples each way, each the mean of its four pixels'. The factors are JFIF's in
+// units of 1/65536; chroma's sum of four pixels is two bits longer.
+func planesOf(m *image.NRGBA) *image.YCbCr {
+	out := image.NewYCbCr(m.Rect, image.YCbCrSubsampleRatio420)
+	w, h := m.Rect.Dx(), m.Rect.Dy()
+	for y := range h {
+		row, luma := m.Pix[y*m.Stride:], out.Y[y*out.YStride:][:w]
+		for x := range luma {
+			p := row[4*x:][:3]
+			luma[x] = uint8((19595*uint32(p[0]) + 38470*uint32(p[1]) + 7471*uint32(p[2]) + 1<<15) >> 16)
+		}
+	}
+	for y := range (h + 1) / 2 {
+		upper, lower := m.Pix[2*y*m.Stride:], m.Pix[min(2*y+1, h-1)*m.Stride:]
+		for x := range (w + 1) / 2 {
+			left, right := 8*x, 4*min(2*x+1, w-1)
+			a, b, c, d := upper[left:][:3], upper[right:][:3], lower[left:][:3], lower[right:][:3]
+			red := int(a[0]) + int(b[0]) + int(c[0]) + int(d[0])
+			green := int(a[1]) + int(b[1]) + int(c[1]) + int(d[1])
+			blue := int(a[2]) + int(b[2]) + int(c[2]) + int(d[2])
+			const middle, half = 128 << 18, 1 << 17
+			at := y*out.CStride + x
+			out.Cb[at] = uint8(min((-11056*red-21712*green+32768*blue+middle+half)>>18, 255))
+			out.Cr[at] = uint8(min((32768*red-27440*green-5328*blue+middle+half)>>18, 255))
+		}
 	}
 	return out
 }

@@ -136,7 +136,7 @@ var errReservationLost = errors.New("object reservation lost")
 
 const settleReady = `
 UPDATE images SET status = 'ready', object_key = $3, width = $4, height = $5, bytes = $6, source_bytes = $7,
-	run_at = NULL, error_code = '', error_detail = ''
+	run_at = NULL, lone_starts = 0, error_code = '', error_detail = ''
 WHERE id = $1 AND status = 'pending' AND product_id = $2`
 
 // SettleReady makes the image refer to its stored object, as done carries it,
@@ -168,7 +168,7 @@ type failure struct {
 
 const settleFailed = `
 UPDATE images SET attempts = $3, error_code = $4, error_detail = $5,
-	status = $6, run_at = $7, failed_at = $8
+	status = $6, run_at = $7, failed_at = $8, lone_starts = 0
 WHERE id = $1 AND product_id = $2 AND status = 'pending' AND attempts = $3 - 1`
 
 // SettleFailed records a failed try: the image is due again at f.RetryAt, or is
@@ -189,6 +189,28 @@ func (s *store) SettleFailed(ctx context.Context, job Job, f failure) (version i
 			job.ID, now, f.Duration.Milliseconds(), f.Code, f.Detail)
 	})
 	return version, wrap(fmt.Sprintf("settle failed image %d", job.ID), err)
+}
+
+const selectPutOff = `SELECT put_off FROM images WHERE id = $1 AND status = 'pending' FOR UPDATE`
+
+// putOffBase is the first wait for a host that is busy; it doubles, with jitter,
+// to maxRetryDelay, so that a long queue for one host is not published again and
+// again.
+const putOffBase = 2 * time.Second
+
+// PutOff makes a pending image due again after a while, with no attempt counted:
+// its host was busy. errNotFound as for PendingImage.
+func (s *store) PutOff(ctx context.Context, id int64) error {
+	err := s.InTx(ctx, func(tx querier) error {
+		var times int
+		if err := queryRow(ctx, tx, []any{&times}, selectPutOff, id); err != nil {
+			return err
+		}
+		due := s.now().Add(backoff(putOffBase, times+1)).Truncate(time.Millisecond)
+		_, err := tx.Exec(ctx, `UPDATE images SET run_at = $2, put_off = $3, lone_starts = 0 WHERE id = $1`, id, due, times+1)
+		return err
+	})
+	return wrap(fmt.Sprintf("put off image %d", id), err)
 }
 
 // settle applies a change of one image and raises its product's version, or
@@ -214,7 +236,11 @@ func (s *store) settle(ctx context.Context, productID int64, apply func(tx queri
 
 // deletingTime is how long the deletion of an object may take before another
 // instance tries it.
-const deletingTime = 5 * time.Minute
+const deletingTime = time.Minute
+
+// garbageRetry is the wait before an object that storage did not delete is tried
+// again.
+const garbageRetry = 10 * time.Second
 
 const claimGarbage = `
 UPDATE garbage SET deleting = true, delete_at = $2
@@ -234,7 +260,8 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 	}
 	for _, key := range keys {
 		if err := remove(ctx, key); err != nil {
-			return len(keys), fmt.Errorf("delete object %s: %w", key, err)
+			_, giveBack := s.Exec(ctx, `UPDATE garbage SET delete_at = $1 WHERE deleting AND delete_at = $2`, s.now().Add(garbageRetry), until)
+			return len(keys), errors.Join(fmt.Errorf("delete object %s: %w", key, err), wrap("give garbage back", giveBack))
 		}
 		_, err := s.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND deleting AND delete_at = $2`, key, until)
 		if err != nil {

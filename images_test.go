@@ -259,7 +259,7 @@ func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		letters, err := s.DeadLetters(t.Context(), 0, 10)
+		letters, err := s.DeadLetters(t.Context(), deadFilter{}, 0, 10)
 		if err != nil || len(letters) != 1 || letters[0].ID != job.ID || letters[0].ProductID != p.ID || letters[0].Attempts != 2 {
 			t.Fatalf("dead letters: %+v, %v", letters, err)
 		}
@@ -267,11 +267,11 @@ func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
 		if err != nil || len(letter.History) != 2 || letter.History[0].Duration != 40*time.Millisecond || letter.History[1].Code != "http_503" {
 			t.Errorf("the dead letter: %+v, %v", letter, err)
 		}
-		if product, version, err := s.ReplayDead(t.Context(), job.ID); err != nil || product != p.ID || version != 4 {
-			t.Errorf("replay: product %d, version %d, %v", product, version, err)
+		if n, changed, err := s.ReplayDead(t.Context(), []int64{job.ID}); err != nil || n != 1 || !slices.Equal(changed, []productVersion{{p.ID, 4}}) {
+			t.Errorf("replay: %d, %v, %v", n, changed, err)
 		}
-		if _, _, err := s.ReplayDead(t.Context(), job.ID); !errors.Is(err, errNotFound) {
-			t.Errorf("second replay: %v", err)
+		if n, changed, err := s.ReplayDead(t.Context(), []int64{job.ID}); err != nil || n != 0 || len(changed) != 0 {
+			t.Errorf("second replay: %d, %v, %v", n, changed, err)
 		}
 		if jobs := publishDue(t, s); len(jobs) != 1 {
 			t.Errorf("dispatched after the replay: %v", jobs)
@@ -290,17 +290,15 @@ func TestStoreDiscardsDeadLetters(t *testing.T) {
 		if err := s.DiscardDead(t.Context(), job.ID); !errors.Is(err, errNotFound) {
 			t.Errorf("discarded a pending image: %v", err)
 		}
-		if _, err := s.MarkDead(t.Context(), job, time.Now(), permanent("poison", "the worker died")); err != nil {
-			t.Fatal(err)
-		}
+		bury(t, s, job, permanent("http_404", "404 Not Found"))
 		if err := s.DiscardDead(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
-		if letters, err := s.DeadLetters(t.Context(), 0, 10); err != nil || len(letters) != 0 {
+		if letters, err := s.DeadLetters(t.Context(), deadFilter{}, 0, 10); err != nil || len(letters) != 0 {
 			t.Errorf("still listed: %v, %v", letters, err)
 		}
-		if _, _, err := s.ReplayDead(t.Context(), job.ID); !errors.Is(err, errNotFound) {
-			t.Errorf("replayed: %v", err)
+		if n, _, err := s.ReplayDead(t.Context(), []int64{job.ID}); err != nil || n != 0 {
+			t.Errorf("replayed: %d, %v", n, err)
 		}
 		if got, _ := s.Product(t.Context(), p.ID); got.Images[0].Status != imageFailed {
 			t.Errorf("the product's image: %+v", got.Images[0])

@@ -35,6 +35,7 @@ type instance struct {
 	log  *watchedLog
 	stop func() error // as SIGTERM does, and waits for the end
 	kill func()       // as SIGKILL does; only a process can be killed
+	wait func() error // for the end of a process
 	pid  int
 }
 
@@ -75,7 +76,7 @@ func start(t *testing.T, env map[string]string, args ...string) *instance {
 }
 
 // startBinary runs the program as a process of its own.
-func startBinary(t *testing.T, env map[string]string, args ...string) *instance {
+func startBinary(t testing.TB, env map[string]string, args ...string) *instance {
 	t.Helper()
 	i := &instance{log: newWatchedLog()}
 	cmd := exec.Command(programPath(t), args...)
@@ -94,6 +95,7 @@ func startBinary(t *testing.T, env map[string]string, args ...string) *instance 
 		i.log.Close()
 		return err
 	})
+	i.wait = wait
 	i.stop = func() error {
 		cmd.Process.Signal(syscall.SIGTERM)
 		return wait()
@@ -132,7 +134,7 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 })
 
 // awaitStart waits until the instance works, and learns its address.
-func (i *instance) awaitStart(t *testing.T, args []string) {
+func (i *instance) awaitStart(t testing.TB, args []string) {
 	t.Helper()
 	if slices.Contains(args, "worker") {
 		i.log.await(t, `"msg":"starting"`)
@@ -145,7 +147,7 @@ func (i *instance) awaitStart(t *testing.T, args []string) {
 	i.url = "http://" + line.Addr
 }
 
-func (i *instance) dumpIfFailed(t *testing.T) {
+func (i *instance) dumpIfFailed(t testing.TB) {
 	if t.Failed() {
 		t.Logf("the log of the program:\n%s", i.log.tail(60))
 	}
@@ -180,7 +182,7 @@ func (l *watchedLog) Close() {
 }
 
 // await answers the first line that has all the given parts.
-func (l *watchedLog) await(t *testing.T, parts ...string) string {
+func (l *watchedLog) await(t testing.TB, parts ...string) string {
 	t.Helper()
 	deadline := time.Now().Add(settleTime)
 	wake := time.AfterFunc(settleTime, l.grown.Broadcast)
@@ -200,6 +202,19 @@ func (l *watchedLog) await(t *testing.T, parts ...string) string {
 	}
 }
 
+// forget drops the lines that have part, so that a long run does not keep them.
+func (l *watchedLog) forget(part string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var kept bytes.Buffer
+	for line := range bytes.Lines(l.text.Bytes()) {
+		if !bytes.Contains(line, []byte(part)) || !bytes.HasSuffix(line, []byte("\n")) {
+			kept.Write(line)
+		}
+	}
+	l.text = kept
+}
+
 func (l *watchedLog) tail(n int) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -217,7 +232,7 @@ type photoServer struct {
 	asked  map[string]int
 }
 
-func newPhotoServer(t *testing.T) *photoServer {
+func newPhotoServer(t testing.TB) *photoServer {
 	p := &photoServer{photos: make(map[string][]byte), faults: make(map[string][]int), hold: make(map[string]chan struct{}), asked: make(map[string]int)}
 	p.Server = httptest.NewServer(p)
 	t.Cleanup(p.Close)
@@ -635,6 +650,58 @@ func TestChangesReachTheOtherInstances(t *testing.T) {
 	})
 }
 
+// A rush for a product that is in no cache costs each instance one query.
+func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
+	t.Parallel()
+	const readers = 1000
+	pg := startPostgres(t)
+	env := environment(map[string]string{"DATABASE_URL": pg.URL, "REDIS_URL": testRedis(t), "AMQP_URL": testAMQP(t), "DATA_DIR": t.TempDir()})
+	seedUser(t, env)
+	apis := []*instance{startBinary(t, env, "api"), startBinary(t, env, "api"), startBinary(t, env, "api")}
+	path := fmt.Sprintf("/products/%d", apis[0].post(t).ID)
+	pg.Freeze(t) // so that all come before the first has its answer
+	var rush sync.WaitGroup
+	for _, api := range apis {
+		for range readers {
+			rush.Go(func() {
+				if response, err := api.send("GET", path, nil, nil); err != nil || response.StatusCode != 200 {
+					t.Errorf("%v, %v", response, err)
+				}
+			})
+		}
+	}
+	for _, api := range apis {
+		eventually(t, "all readers wait", func() bool { return api.metric(t, "pms_cache_misses_total") == readers })
+	}
+	pg.Thaw(t)
+	rush.Wait()
+	for n, api := range apis {
+		if loads := api.metric(t, "pms_cache_loads_total"); loads != 1 {
+			t.Errorf("instance %d made %v queries for %d readers", n, loads, readers)
+		}
+	}
+}
+
+// metric reads one of the instance's metrics.
+func (i *instance) metric(t *testing.T, name string) float64 {
+	t.Helper()
+	response, err := http.Get(i.url + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, found := strings.Cut("\n"+string(text), "\n"+name+" ")
+	value, err := strconv.ParseFloat(strings.Fields(after + " ?")[0], 64)
+	if !found || err != nil {
+		t.Fatalf("no metric %s: %v", name, err)
+	}
+	return value
+}
+
 // The embedded default keeps what it accepted when it is killed.
 func TestEmbeddedDefaultSurvivesKill(t *testing.T) {
 	t.Parallel()
@@ -890,10 +957,10 @@ func TestCommandLine(t *testing.T) {
 		"dead with a bad id":    {[]string{"dead", "discard", "x"}, nil, 2, []string{`"x"`}},
 		"api on its own":        {[]string{"api"}, nil, 2, []string{"DATABASE_URL", "AMQP_URL"}},
 		"worker without broker": {[]string{"worker"}, map[string]string{"DATABASE_URL": "postgres://localhost/x"}, 2, []string{"AMQP_URL"}},
-		"all bad settings at once": {nil, map[string]string{"LISTEN_ADDR": "x", "DATABASE_URL": "mysql://x", "REDIS_URL": "x", "AMQP_URL": "http://x", "CACHE_TTL": "0s", "AUTH": "maybe",
+		"all bad settings at once": {nil, map[string]string{"LISTEN_ADDR": "x", "DATABASE_URL": "mysql://x", "REDIS_URL": "x", "AMQP_URL": "http://x", "CACHE_TTL": "0s", "CACHE_SIZE": "1KiB", "AUTH": "maybe",
 			"IMAGE_WORKERS": "0", "IMAGE_MEMORY": "1", "IMAGE_MAX_BYTES": "x", "IMAGE_MAX_PIXELS": "-1", "IMAGE_MAX_SIDE": "0", "IMAGE_QUALITY": "101", "IMAGE_TIMEOUT": "5", "IMAGE_ALLOW_PRIVATE": "yes",
 			"RETRY_ATTEMPTS": "0", "RETRY_BASE": "-1s", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml", "PUBLIC_URL": "x", "S3_PUBLIC_URL": "x"}, 2,
-			[]string{"LISTEN_ADDR", "DATABASE_URL", "REDIS_URL", "AMQP_URL", "CACHE_TTL", "AUTH", "IMAGE_WORKERS", "IMAGE_MEMORY", "IMAGE_MAX_BYTES", "IMAGE_MAX_PIXELS", "IMAGE_MAX_SIDE",
+			[]string{"LISTEN_ADDR", "DATABASE_URL", "REDIS_URL", "AMQP_URL", "CACHE_TTL", "CACHE_SIZE", "AUTH", "IMAGE_WORKERS", "IMAGE_MEMORY", "IMAGE_MAX_BYTES", "IMAGE_MAX_PIXELS", "IMAGE_MAX_SIDE",
 				"IMAGE_QUALITY", "IMAGE_TIMEOUT", "IMAGE_ALLOW_PRIVATE", "RETRY_ATTEMPTS", "RETRY_BASE", "LOG_LEVEL", "LOG_FORMAT", "PUBLIC_URL", "S3_PUBLIC_URL", "S3_BUCKET"}},
 		"a secret in a bad setting": {nil, map[string]string{"AMQP_URL": "ampq://u:hunter2@h"}, 2, []string{"AMQP_URL"}},
 	} {

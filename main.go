@@ -18,6 +18,7 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
 	code := exitCode(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr), os.Stderr)
 	stop()
 	os.Exit(code)
@@ -70,9 +71,9 @@ func commands() []command {
 		{"token create", "-user ID [-admin]", "creates an API token, prints it once", createTokenCommand},
 		{"token list", "", "lists the tokens with their last use", listTokensCommand},
 		{"token revoke", "ID...", "takes tokens back, within 5 seconds everywhere", revokeTokenCommand},
-		{"dead list", "", "lists the dead letters", deadListCommand},
+		{"dead list", "[-code C] [-host H] [-user ID] [-since TIME]", "lists the dead letters, or those selected", deadListCommand},
 		{"dead show", "ID", "shows one with the history of its attempts", deadShowCommand},
-		{"dead replay", "ID... | -all", "queues dead letters anew", deadReplayCommand},
+		{"dead replay", "ID... | -all | -code C -host H -user ID -since TIME  [-rate N] [-dry-run]", "queues dead letters anew: some, all, or those selected; at most N a second", deadReplayCommand},
 		{"dead discard", "ID...", "gives dead letters up for good", deadDiscardCommand},
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -55,10 +56,12 @@ type pipeline struct {
 	invalidate func(productID, version int64) // a product has changed
 	memory     *semaphore.Weighted            // bytes that decoded images hold
 	log        *slog.Logger
+	processors processors // made by Run
 }
 
 // How many images a worker of the CPU-bound stages keeps busy in the others,
-// where an image waits for the network.
+// where an image waits for the network. There are maxHostDownloads more, those
+// that one slow host may have.
 const (
 	downloadsPerWorker = 4
 	uploadsPerWorker   = 2
@@ -81,7 +84,7 @@ type work struct {
 // Run processes images until stop ends, and then those that it has in hand.
 // What is not finished when ctx ends goes back to the queue unharmed.
 func (p *pipeline) Run(ctx, stop context.Context) error {
-	downloads, uploads := p.Workers*downloadsPerWorker, p.Workers*uploadsPerWorker
+	downloads, uploads := maxHostDownloads+p.Workers*downloadsPerWorker, p.Workers*uploadsPerWorker
 	deliveries := make(chan Delivery)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -89,14 +92,14 @@ func (p *pipeline) Run(ctx, stop context.Context) error {
 		return p.queue.Consume(stop, downloads+1+2*p.Workers+2*uploads, deliveries)
 	})
 	received := stage(group, downloads, deliveries, func(d Delivery) *work { return p.download(ctx, d) })
-	processors := startProcessors(group, p.Workers)
+	p.processors = startProcessors(group, p.Workers)
 	admitted := stage(group, 1, received, p.step("admit", ctx, p.admit)) // one, so that a large image is not passed by small ones
-	decoded := stage(group, p.Workers, admitted, p.step("decode", ctx, processors.run(p.decode)))
-	compressed := stage(group, p.Workers, decoded, p.step("compress", ctx, processors.run(p.compress)))
+	decoded := stage(group, p.Workers, admitted, p.step("decode", ctx, p.processors.run(p.decode)))
+	compressed := stage(group, p.Workers, decoded, p.step("compress", ctx, p.processors.run(p.compress)))
 	uploaded := stage(group, uploads, compressed, p.step("upload", ctx, p.upload))
 	settled := stage(group, uploads, uploaded, func(w *work) *work { p.settle(ctx, w); return w })
 	group.Go(func() error {
-		defer close(processors)
+		defer close(p.processors)
 		for range settled {
 		}
 		return nil
@@ -133,6 +136,39 @@ func (tasks processors) run(do func(context.Context, *work) error) func(context.
 		}
 		<-done
 		return err
+	}
+}
+
+// spread runs parts, with the help of those processors that are idle now: a
+// single large photo has several cores, and many have one each. It is called on
+// a processor, so never more than there are at work. A part's panic is the caller's.
+func (tasks processors) spread(parts []func()) {
+	var next atomic.Int64
+	var panicked atomic.Value
+	help := func() {
+		defer func() {
+			if r := recover(); r != nil {
+				panicked.Store(fmt.Errorf("%v", r))
+			}
+		}()
+		for n := next.Add(1); n <= int64(len(parts)); n = next.Add(1) {
+			parts[n-1]()
+		}
+	}
+	var helpers sync.WaitGroup
+	for idle := true; idle && next.Load() < int64(len(parts)); {
+		helpers.Add(1)
+		select {
+		case tasks <- func() { defer helpers.Done(); help() }:
+		default:
+			helpers.Done()
+			idle = false
+		}
+	}
+	help()
+	helpers.Wait()
+	if err := panicked.Load(); err != nil {
+		panic(err)
 	}
 }
 
@@ -197,6 +233,9 @@ func (p *pipeline) download(ctx context.Context, d Delivery) *work {
 			w.image, err = p.store.PendingImage(ctx, d.Job.ID)
 			return err
 		})
+		if err == nil {
+			err = p.countStart(ctx, w)
+		}
 		if err != nil {
 			return err
 		}
@@ -225,8 +264,10 @@ func (p *pipeline) admit(ctx context.Context, w *work) (err error) {
 func (p *pipeline) decode(_ context.Context, w *work) (err error) {
 	if w.decoded, err = decodeImage(w.source, w.header); err != nil {
 		p.release(w)
+		return err
 	}
-	return err
+	w.decoded.spread = p.processors.spread
+	return nil
 }
 
 func (p *pipeline) compress(_ context.Context, w *work) (err error) {
@@ -277,17 +318,47 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 	case w.err == nil:
 		err = w.delivery.Ack()
 	case errors.Is(w.err, errNotFound):
-		w.log.Info("image no longer wanted")
-		err = w.delivery.Ack()
+		err = p.letGo(ctx, w)
+	case errors.Is(w.err, errHostBusy):
+		err = p.putOff(ctx, w)
 	case errors.As(w.err, &failed):
 		err = w.delivery.Reject()
 	default:
 		w.log.Warn("image given back unfinished", "err", w.err)
-		err = w.delivery.Release()
+		err = p.giveBack(ctx, w)
 	}
 	if err != nil {
 		w.log.Warn("delivery not settled, the broker will deliver the image again", "err", err)
 	}
+}
+
+// putOff queues an image anew whose host was busy, and lets go of the delivery, so
+// that images of other hosts take its place.
+func (p *pipeline) putOff(ctx context.Context, w *work) error {
+	err := p.persist(ctx, w, func() error { return p.store.PutOff(ctx, w.delivery.Job.ID) })
+	switch {
+	case errors.Is(err, errNotFound):
+		return p.letGo(ctx, w)
+	case err != nil:
+		return errors.Join(err, p.giveBack(ctx, w))
+	}
+	imagesPutOff.Inc()
+	w.log.Debug("image put off", "err", w.err)
+	return w.delivery.Ack()
+}
+
+// letGo settles the delivery of an image that is no longer wanted. One that is
+// dead already goes where its worker would have sent it, had it not ended
+// between the commit and that. (What it does not know, deadKeeper mends.)
+func (p *pipeline) letGo(ctx context.Context, w *work) error {
+	if w.delivery.Redelivered {
+		dead, err := p.store.deadAmong(ctx, []int64{w.delivery.Job.ID})
+		if err == nil && dead[w.delivery.Job.ID] {
+			return w.delivery.Reject()
+		}
+	}
+	w.log.Info("image no longer wanted")
+	return w.delivery.Ack()
 }
 
 func (p *pipeline) settleReady(ctx context.Context, w *work) error {
@@ -340,6 +411,7 @@ var (
 	imagesReady   = metrics.NewCounter(`pms_images_total{result="ready"}`)
 	imagesRetried = metrics.NewCounter(`pms_images_total{result="retried"}`)
 	imagesDead    = metrics.NewCounter(`pms_images_total{result="dead"}`)
+	imagesPutOff  = metrics.NewCounter(`pms_images_total{result="put_off"}`)
 )
 
 // backoff is how long to wait after the given number of failed tries: a random

@@ -25,9 +25,9 @@ const (
 )
 
 const (
-	// deliveryLimit is how often a message may come back before the broker
-	// takes it for poison. Each prefetched message of a killed worker counts
-	// one, so it must be well above a handful, or innocents would follow.
+	// deliveryLimit is how often a message may come back before the broker gives
+	// it up. Each prefetched message of a killed worker counts one, so it must be
+	// well above a handful; poison.go says what becomes of whom it meets.
 	deliveryLimit = 20
 	// noDeliveryLimit keeps the dead queue's messages however often they are
 	// looked at; RabbitMQ 4 would drop them after 20 times by default.
@@ -70,8 +70,10 @@ const (
 // that the queue will deliver the job again, which is harmless since the row is
 // the truth.
 type Delivery struct {
-	Job    Job
-	settle func(verdict) error
+	Job         Job
+	Redelivered bool // a worker has had it before
+	Alone       bool // nothing else is in hand, nor will be until it is settled: see poison.go
+	settle      func(verdict) error
 }
 
 // Ack removes the job from the queue.
@@ -106,6 +108,8 @@ type rabbitQueue struct {
 	log     *slog.Logger
 	timeout time.Duration // of every wait for the broker
 	pace    retryPace     // of connecting, copied by each who does
+
+	foreign atomic.Int64 // messages in the dead queue that are no job, as of the last sweep
 
 	publishing sync.Mutex    // held for one Publish
 	suspect    chan struct{} // a token: the topology is to be looked at now
@@ -171,7 +175,7 @@ func (q *rabbitQueue) keepPublisher(ctx context.Context, pace *retryPace, health
 	if err := q.ensureTopology(ctx, link); err != nil {
 		return err
 	}
-	p, err := newAMQPPublisher(ctx, link)
+	p, err := newAMQPPublisher(ctx, link, workQueueName)
 	if err != nil {
 		return err
 	}
@@ -368,13 +372,14 @@ func (q *rabbitQueue) Publish(ctx context.Context, jobs []Job) (refused []Job, e
 // that it is closed, since confirms and returns could arrive late.
 type amqpPublisher struct {
 	link    *amqpLink
+	queue   string // to publish to
 	ch      *amqp.Channel
 	returns <-chan amqp.Return
 	closed  <-chan *amqp.Error
 }
 
-func newAMQPPublisher(ctx context.Context, link *amqpLink) (*amqpPublisher, error) {
-	p := &amqpPublisher{link: link}
+func newAMQPPublisher(ctx context.Context, link *amqpLink, queue string) (*amqpPublisher, error) {
+	p := &amqpPublisher{link: link, queue: queue}
 	err := link.call(ctx, func() (err error) {
 		if p.ch, err = link.conn.Channel(); err != nil {
 			return err
@@ -423,7 +428,7 @@ func (p *amqpPublisher) send(jobs []Job) ([]*amqp.DeferredConfirmation, error) {
 		if err != nil {
 			return confirms, err
 		}
-		confirm, err := p.ch.PublishWithDeferredConfirm("", workQueueName, true, false, message)
+		confirm, err := p.ch.PublishWithDeferredConfirm("", p.queue, true, false, message)
 		if err != nil {
 			return confirms, fmt.Errorf("send job %d: %w", job.ID, err)
 		}

@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"golang.org/x/sync/semaphore"
@@ -56,14 +54,24 @@ func (q *rabbitQueue) consumeOnce(ctx context.Context, prefetch int, out chan<- 
 			if !ok {
 				return c.whyEnded()
 			}
-			q.handOut(ctx, c, message, out)
+			if suspect(message) {
+				err = q.handOutAlone(ctx, c, message, out)
+			} else {
+				q.handOut(ctx, c, message, out, false)
+			}
+			if ctx.Err() != nil {
+				return c.finish()
+			}
+			if err != nil {
+				return err
+			}
 		}
 	}
 }
 
-// handOut gives one message to out. What is no job of ours goes to the dead
+// handOut gives one message to out, alone if nothing else is in hand. What is no job of ours goes to the dead
 // queue, where a person may look at it.
-func (q *rabbitQueue) handOut(ctx context.Context, c *amqpConsumer, message amqp.Delivery, out chan<- Delivery) {
+func (q *rabbitQueue) handOut(ctx context.Context, c *amqpConsumer, message amqp.Delivery, out chan<- Delivery, alone bool) {
 	job, err := decodeJob(message.Body)
 	if err != nil {
 		q.log.Warn("message is no job, rejecting it", "message_id", message.MessageId, "app_id", message.AppId, "err", err)
@@ -74,6 +82,7 @@ func (q *rabbitQueue) handOut(ctx context.Context, c *amqpConsumer, message amqp
 		return // the connection is lost, and the message with it
 	}
 	delivery := newDelivery(job, c.hand, func(v verdict) error { return settleMessage(message, v) })
+	delivery.Alone, delivery.Redelivered = alone, message.Redelivered
 	select {
 	case out <- delivery:
 	case <-ctx.Done():
@@ -115,32 +124,43 @@ const consumerTag = "pms"
 
 func newAMQPConsumer(ctx context.Context, link *amqpLink, prefetch int) (*amqpConsumer, error) {
 	c := &amqpConsumer{link: link, prefetch: int64(prefetch), hand: semaphore.NewWeighted(int64(prefetch))}
-	err := link.call(ctx, func() (err error) {
-		if c.ch, err = link.conn.Channel(); err != nil {
+	if err := c.subscribe(ctx); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// subscribe has the broker send messages on a channel of their own.
+func (c *amqpConsumer) subscribe(ctx context.Context) error {
+	err := c.link.call(ctx, func() (err error) {
+		if c.ch, err = c.link.conn.Channel(); err != nil {
 			return err
 		}
 		c.closed = c.ch.NotifyClose(make(chan *amqp.Error, 1))
 		c.canceled = c.ch.NotifyCancel(make(chan string, 1))
-		if err := c.ch.Qos(prefetch, 0, false); err != nil {
+		if err := c.ch.Qos(int(c.prefetch), 0, false); err != nil {
 			return err
 		}
 		c.messages, err = c.ch.Consume(workQueueName, consumerTag, false, false, false, false, nil)
 		return err
 	})
-	if err != nil {
-		return nil, fmt.Errorf("consume from %s: %w", workQueueName, err)
-	}
-	return c, nil
+	return wrap("consume from "+workQueueName, err)
+}
+
+// cancel stops the subscription; messages that are here already can be read, and
+// c.messages is closed behind them.
+func (c *amqpConsumer) cancel() error {
+	err := c.link.call(context.Background(), func() error { return c.ch.Cancel(consumerTag, false) })
+	return wrap("stop consuming", err)
 }
 
 // finish takes no more messages, gives back those not handed out yet, and waits
 // until the others are settled or can no longer be.
 func (c *amqpConsumer) finish() error {
-	err := c.link.call(context.Background(), func() error { return c.ch.Cancel(consumerTag, false) })
-	if err != nil {
-		return fmt.Errorf("stop consuming: %w", err)
+	if err := c.cancel(); err != nil {
+		return err
 	}
-	for message := range c.messages { // closed by Cancel
+	for message := range c.messages {
 		_ = message.Reject(true) // closing the connection does it too
 	}
 	// The error says that the connection was lost.
@@ -158,79 +178,4 @@ func (c *amqpConsumer) whyEnded() error {
 	case <-c.link.alive.Done():
 		return context.Cause(c.link.alive)
 	}
-}
-
-// SweepDead looks once at every message that is in the dead-letter queue when it
-// begins, so that the queue and the rows agree in the end.
-//
-// A job that came there by the delivery limit has killed or lost its worker each
-// time, so its row does not know: poisoned is told, with the time of its
-// publishing in whole seconds, by which a row that was replayed since can be told
-// from one that died. Then keep says whether the copy is to stay. What keep does
-// not want is removed. Messages that are no job, and those for which a function
-// failed, stay; the first such error is returned at the end.
-func (q *rabbitQueue) SweepDead(ctx context.Context, keep func(Job) (bool, error), poisoned func(job Job, published time.Time) error) error {
-	link, err := dialAMQP(ctx, q.url, "sweep", q.timeout)
-	if err != nil {
-		return err
-	}
-	defer link.close() // gives back what was taken and not acked
-	count, exists, err := link.inspect(ctx, deadQueueName)
-	if err != nil {
-		return fmt.Errorf("count dead letters: %w", err)
-	}
-	if !exists {
-		return nil
-	}
-	var ch *amqp.Channel
-	err = link.call(ctx, func() (err error) { ch, err = link.conn.Channel(); return err })
-	if err != nil {
-		return fmt.Errorf("sweep the dead queue: %w", err)
-	}
-	var failures error
-	for range count {
-		message, ok, err := getMessage(ctx, link, ch)
-		if err != nil || !ok {
-			return errors.Join(failures, err)
-		}
-		if err := sweepMessage(message, keep, poisoned); err != nil && failures == nil {
-			failures = err
-		}
-	}
-	return failures
-}
-
-func getMessage(ctx context.Context, link *amqpLink, ch *amqp.Channel) (message amqp.Delivery, ok bool, err error) {
-	err = link.call(ctx, func() (err error) {
-		message, ok, err = ch.Get(deadQueueName, false)
-		return err
-	})
-	if err != nil {
-		return message, false, fmt.Errorf("get from %s: %w", deadQueueName, err)
-	}
-	return message, ok, nil
-}
-
-// sweepMessage acks a message that is not to stay.
-func sweepMessage(message amqp.Delivery, keep func(Job) (bool, error), poisoned func(Job, time.Time) error) error {
-	job, err := decodeJob(message.Body)
-	if err != nil {
-		return nil // no job of ours, for a person to look at
-	}
-	if message.Headers["x-first-death-reason"] == "delivery_limit" {
-		if err := poisoned(job, message.Timestamp); err != nil {
-			return fmt.Errorf("mark poisonous job %d: %w", job.ID, err)
-		}
-	}
-	stays, err := keep(job)
-	if err != nil {
-		return fmt.Errorf("look up dead job %d: %w", job.ID, err)
-	}
-	if stays {
-		return nil
-	}
-	if err := message.Ack(false); err != nil {
-		return fmt.Errorf("remove dead copy of job %d: %w", job.ID, err)
-	}
-	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -18,7 +17,6 @@ type queueUnderTest interface {
 	jobSink
 	Run(ctx context.Context) error
 	Consume(ctx context.Context, prefetch int, out chan<- Delivery) error
-	SweepDead(ctx context.Context, keep func(Job) (bool, error), poisoned func(Job, time.Time) error) error
 }
 
 type refillFunc = func(context.Context) (int64, error)
@@ -249,80 +247,6 @@ func TestQueueMessageOnTheWire(t *testing.T) {
 	if want := `{"job":12,"product":4,"request_id":"req","traceparent":"trace"}`; string(m.Body) != want {
 		t.Errorf("body %s, want %s", m.Body, want)
 	}
-}
-
-// TestQueuePoisonAndSweep follows a job that kills its worker each time. The sweep tells
-// of it, and clears what need not stay.
-func TestQueuePoisonAndSweep(t *testing.T) {
-	t.Parallel()
-	url := testAMQP(t)
-	q := runQueue(t, newRabbitQueue(url, noRefill, testLog(t)))
-	ch := rawChannel(t, url)
-	publishAll(t, q, Job{ID: 1, ProductID: 1})
-	in := consume(t, q, 1)
-	for range deliveryLimit + 1 {
-		settled(t, receive(t, in.out).Release())
-	}
-	for id := int64(2); id <= 4; id++ {
-		publishAll(t, q, Job{ID: id, ProductID: 1})
-		settled(t, receive(t, in.out).Reject())
-	}
-	publishRaw(t, ch, deadQueueName, "no job")
-	awaitReady(t, ch, deadQueueName, 5)
-
-	var poisoned, asked []int64
-	keep := func(job Job) (bool, error) {
-		asked = append(asked, job.ID)
-		if job.ID == 3 {
-			return false, errUnavailable
-		}
-		return job.ID != 2, nil
-	}
-	poison := func(job Job, published time.Time) error {
-		poisoned = append(poisoned, job.ID)
-		if age := time.Since(published); age < 0 || age > time.Minute {
-			t.Errorf("job %d was published at %v", job.ID, published)
-		}
-		return nil
-	}
-	if err := q.SweepDead(t.Context(), keep, poison); !errors.Is(err, errUnavailable) {
-		t.Errorf("sweep with a failing keep: %v", err)
-	}
-	slices.Sort(asked)
-	if !slices.Equal(poisoned, []int64{1}) || !slices.Equal(asked, []int64{1, 2, 3, 4}) {
-		t.Errorf("poisoned %v, asked about %v", poisoned, asked)
-	}
-	awaitReady(t, ch, deadQueueName, 4)
-
-	none := func(Job) (bool, error) { return false, nil }
-	refuse := func(Job, time.Time) error { return errUnavailable }
-	if err := q.SweepDead(t.Context(), none, refuse); !errors.Is(err, errUnavailable) {
-		t.Errorf("sweep with a failing poisoned: %v", err)
-	}
-	awaitReady(t, ch, deadQueueName, 2) // the poison, not yet in its row, and what is no job
-	if err := q.SweepDead(t.Context(), none, poison); err != nil {
-		t.Errorf("sweep: %v", err)
-	}
-	if m := getRaw(t, ch, deadQueueName); string(m.Body) != "no job" {
-		t.Errorf("left in the dead queue: %s", m.Body)
-	}
-}
-
-// TestSweepKeepsForEver is against a dead queue that counts deliveries.
-func TestSweepKeepsForEver(t *testing.T) {
-	t.Parallel()
-	url := testAMQP(t)
-	q := runQueue(t, newRabbitQueue(url, noRefill, testLog(t)))
-	ch := rawChannel(t, url)
-	publishRaw(t, ch, deadQueueName, `{"job":1,"product":1}`)
-	all := func(Job) (bool, error) { return true, nil }
-	for range 2 * deliveryLimit {
-		awaitReady(t, ch, deadQueueName, 1)
-		if err := q.SweepDead(t.Context(), all, nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	awaitReady(t, ch, deadQueueName, 1)
 }
 
 func TestQueueDeletedIsRefilled(t *testing.T) {

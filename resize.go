@@ -21,7 +21,8 @@ type taps struct {
 // axis says for one direction how each output sample is made.
 type axis struct {
 	taps     []taps
-	window   int  // the most source samples that one output sample needs
+	source   int  // how many source samples there are
+	window   int  // the most source samples that one output sample needs, and one more if there is
 	identity bool // each output sample is the source sample of its own index
 }
 
@@ -32,7 +33,7 @@ type axis struct {
 func newAxis(src, dst int, scale, offset float64) axis {
 	stretch := max(scale, 1)
 	radius := 2 * stretch
-	a := axis{taps: make([]taps, dst), window: min(src, int(2*radius)+2), identity: src == dst}
+	a := axis{taps: make([]taps, dst), source: src, window: min(src, int(2*radius)+2), identity: src == dst}
 	values := make([]float64, a.window)
 	// One backing array for all weights: it is the axis's whole memory.
 	store := make([]int16, 0, dst*a.window)
@@ -51,6 +52,12 @@ func newAxis(src, dst int, scale, offset float64) axis {
 			a.identity = false
 		}
 	}
+	return a
+}
+
+// band is the axis for the output samples from first up to end, counted from first.
+func (a axis) band(first, end int) axis {
+	a.taps = a.taps[first:end]
 	return a
 }
 
@@ -98,37 +105,70 @@ func trimTaps(first int, weights []int16) taps {
 // resample reads rows of interleaved 8-bit samples (one channel, or four), of
 // at least the source's width, and emits the rows of the resized image from the top down. A row passed to
 // emit is valid until emit returns, one returned by read until the next read.
-// Besides its tables it holds one window of horizontally resized rows.
+// Besides its tables it holds one window of horizontally resized rows and two of the source's.
 func resample(read func(y int) []byte, channels int, horizontal, vertical axis, emit func(y int, row []byte)) {
 	width := len(horizontal.taps) * channels
 	if horizontal.identity && vertical.identity {
-		for y := range vertical.taps {
-			emit(y, read(y)[:width])
+		for y, t := range vertical.taps {
+			emit(y, read(t.start)[:width])
 		}
 		return
 	}
-	ring := make([][]int16, vertical.window)
-	for i := range ring {
-		ring[i] = make([]int16, width)
+	in := &rowResizer{read: read, channels: channels, axis: horizontal, ring: make([][]int16, vertical.window), next: vertical.taps[0].start}
+	for i := range in.ring {
+		in.ring[i] = make([]int16, width)
 	}
 	sums, out := make([]int32, width), make([]byte, width)
-	next := 0
 	for y, t := range vertical.taps {
-		for ; next < t.start+len(t.weights); next++ {
-			horizontal.apply(ring[next%len(ring)], read(next), channels)
-		}
-		t.combine(sums, ring)
+		in.advance(t.start+len(t.weights), vertical.source)
+		t.combine(sums, in.ring)
 		narrow(out, sums)
 		emit(y, out)
 	}
 }
 
-// apply resizes one row, leaving rowBits fractional bits.
-func (a axis) apply(dst []int16, src []byte, channels int) {
-	if channels == 1 {
-		a.apply1(dst, src)
-	} else {
-		a.apply4(dst, src)
+// rowResizer resizes source rows into a ring, where each lies at its index
+// modulo the ring's length.
+type rowResizer struct {
+	read     func(y int) []byte
+	channels int
+	axis     axis
+	ring     [][]int16
+	next     int      // the first row that is not in the ring yet
+	pairs    []uint64 // two rows side by side
+}
+
+// advance sees to it that all rows below end are in the ring, of height in all.
+// Rows of one channel come in twos, so one more may be there: a window has room.
+func (r *rowResizer) advance(end, height int) {
+	for r.next < end {
+		row := r.ring[r.next%len(r.ring)]
+		switch {
+		case r.channels == 4:
+			r.axis.apply4(row, r.read(r.next))
+			r.next++
+		case r.next+1 == height:
+			r.axis.apply1(row, r.read(r.next))
+			r.next++
+		default:
+			r.pairUp()
+			r.axis.apply2(row, r.ring[(r.next+1)%len(r.ring)], r.pairs)
+			r.next += 2
+		}
+	}
+}
+
+// pairUp puts the next two rows into the halves of r.pairs.
+func (r *rowResizer) pairUp() {
+	if r.pairs == nil {
+		r.pairs = make([]uint64, r.axis.source)
+	}
+	pairs := r.pairs
+	for x, v := range r.read(r.next)[:len(pairs)] {
+		pairs[x] = uint64(v)
+	}
+	for x, v := range r.read(r.next + 1)[:len(pairs)] {
+		pairs[x] |= uint64(v) << 32
 	}
 }
 
@@ -139,6 +179,7 @@ const (
 	sumHalf  = 1 << (sumShift - 1)
 )
 
+// apply1 resizes a row of one channel, leaving rowBits fractional bits.
 func (a axis) apply1(dst []int16, src []byte) {
 	for i, t := range a.taps {
 		samples := src[t.start:][:len(t.weights)]
@@ -150,6 +191,22 @@ func (a axis) apply1(dst []int16, src []byte) {
 	}
 }
 
+// apply2 is apply1 for two rows at once: one multiplication of 64 bits does two
+// of 32. The lower half's sum, where it is negative, has borrowed one from the upper:
+// 1/16384 of a level.
+func (a axis) apply2(upper, lower []int16, pairs []uint64) {
+	upper, lower = upper[:len(a.taps)], lower[:len(a.taps)]
+	for i, t := range a.taps {
+		samples := pairs[t.start:][:len(t.weights)]
+		sum := uint64(rowHalf | rowHalf<<32)
+		for k, w := range t.weights {
+			sum += uint64(int64(w)) * samples[k]
+		}
+		upper[i], lower[i] = int16(int32(sum)>>rowShift), int16(int32(sum>>32)>>rowShift)
+	}
+}
+
+// apply4 is apply1 for a row of four channels.
 func (a axis) apply4(dst []int16, src []byte) {
 	for i, t := range a.taps {
 		samples := src[4*t.start:][:4*len(t.weights)]

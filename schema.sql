@@ -56,10 +56,15 @@ CREATE INDEX products_name_trigram ON products USING gin (name_folded gin_trgm_o
 CREATE TABLE images (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     product_id   bigint NOT NULL REFERENCES products ON DELETE CASCADE,
+    user_id      bigint NOT NULL, -- the product's, which never changes
     position     integer NOT NULL,
     source       text NOT NULL,
+    host         text NOT NULL, -- of source: its name in lower case
+    port         integer NOT NULL, -- of source, or its scheme's own
     status       text NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'ready', 'failed')),
     attempts     integer NOT NULL DEFAULT 0, -- failed tries since the image was queued or replayed
+    lone_starts  integer NOT NULL DEFAULT 0, -- starts with nothing else in hand that had no outcome: see CountLoneStart
+    put_off      integer NOT NULL DEFAULT 0, -- times that its host was too busy: see PutOff
     run_at       timestamptz,
     claim        bigint NOT NULL DEFAULT 0, -- the dispatcher's, while it publishes; run_at is then its lease
     published_at timestamptz,
@@ -79,7 +84,13 @@ CREATE TABLE images (
 CREATE INDEX images_product   ON images (product_id, position);
 CREATE INDEX images_due       ON images (run_at) WHERE status = 'pending' AND run_at IS NOT NULL;
 CREATE INDEX images_published ON images (published_at) WHERE status = 'pending' AND run_at IS NULL;
-CREATE INDEX images_dead      ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;
+
+-- The dead letters: a page by id of all, or of those that a filter selects.
+CREATE INDEX images_dead       ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_code  ON images (error_code, id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_host  ON images (host, id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_user  ON images (user_id, id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_since ON images (failed_at) WHERE status = 'failed' AND discarded_at IS NULL;
 
 -- The failed tries of an image, oldest first: the history of a dead letter.
 CREATE TABLE image_attempts (

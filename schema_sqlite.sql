@@ -44,10 +44,15 @@ CREATE INDEX products_user_name    ON products (user_id, product_name, id);
 CREATE TABLE images (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
     product_id   INTEGER NOT NULL REFERENCES products ON DELETE CASCADE,
+    user_id      INTEGER NOT NULL,
     position     INTEGER NOT NULL,
     source       TEXT NOT NULL,
+    host         TEXT NOT NULL,
+    port         INTEGER NOT NULL,
     status       TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'ready', 'failed')),
     attempts     INTEGER NOT NULL DEFAULT 0,
+    lone_starts  INTEGER NOT NULL DEFAULT 0,
+    put_off      INTEGER NOT NULL DEFAULT 0,
     run_at       TIMESTAMP,
     claim        INTEGER NOT NULL DEFAULT 0,
     published_at TIMESTAMP,
@@ -67,7 +72,12 @@ CREATE TABLE images (
 CREATE INDEX images_product   ON images (product_id, position);
 CREATE INDEX images_due       ON images (run_at) WHERE status = 'pending' AND run_at IS NOT NULL;
 CREATE INDEX images_published ON images (published_at) WHERE status = 'pending' AND run_at IS NULL;
-CREATE INDEX images_dead      ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;
+
+CREATE INDEX images_dead       ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_code  ON images (error_code, id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_host  ON images (host, id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_user  ON images (user_id, id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_since ON images (failed_at) WHERE status = 'failed' AND discarded_at IS NULL;
 
 CREATE TABLE image_attempts (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -17,10 +17,6 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// shutdownGrace is how long requests and images in hand have to finish after a
-// signal. It is less than the 30 s after which Kubernetes kills.
-const shutdownGrace = 25 * time.Second
-
 // The HTTP server's limits. WriteTimeout is longer than requestTimeout, so that
 // a slow database ends in an answer.
 const (
@@ -36,7 +32,6 @@ const (
 type queue interface {
 	jobSink
 	consumer
-	deadQueue
 	Run(ctx context.Context) error
 	Ping(ctx context.Context) error
 }
@@ -56,6 +51,7 @@ type app struct {
 	parts      []part
 	dispatcher *dispatcher
 	janitor    *janitor
+	dead       *deadKeeper // nil: the queue keeps no copies of dead letters
 	listener   net.Listener
 	migrated   chan struct{} // closed when the database has its schema
 }
@@ -115,7 +111,10 @@ func (a *app) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
-	a.janitor = newJanitor(a.store, a.blobs, a.queue, a.invalidate, a.log)
+	a.janitor = newJanitor(a.store, a.blobs, a.log)
+	if copies, ok := a.queue.(deadQueue); ok {
+		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
+	}
 	return nil
 }
 
@@ -183,10 +182,10 @@ func (a *app) openCache() error {
 		a.cacheName = "none"
 	case a.RedisURL == "":
 		a.cacheName = "embedded"
-		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, memoryCacheBytes), a.CacheTTL, a.log)
+		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, a.CacheSize), a.CacheTTL, a.log)
 	default:
 		a.cacheName = "redis"
-		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.log)
+		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.CacheSize, a.log)
 		if err != nil {
 			return err
 		}
@@ -196,11 +195,19 @@ func (a *app) openCache() error {
 	return nil
 }
 
-// invalidate tells the cache that a product has changed, and the janitor that
-// the change may have left an object behind.
+// invalidate tells the cache that a product has changed.
 func (a *app) invalidate(id, version int64) {
 	if a.cache != nil {
 		a.cache.Invalidate(id, version)
+	}
+}
+
+// changed is invalidate, and tells the janitor that the change may have left an
+// object behind.
+func (a *app) changed(id, version int64) {
+	a.invalidate(id, version)
+	if version > 1 { // a new product leaves none
+		a.janitor.CollectSoon()
 	}
 }
 
@@ -213,7 +220,7 @@ func (a *app) run(ctx context.Context) error {
 	defer stopBack()
 	back, backCtx := errgroup.WithContext(backCtx)
 	back.Go(func() error { return a.migrate(backCtx) })
-	for _, run := range []func(context.Context) error{a.queue.Run, a.dispatcher.Run, a.janitor.Run, a.runCache} {
+	for _, run := range []func(context.Context) error{a.queue.Run, a.dispatcher.Run, a.janitor.Run, a.runDead, a.runCache} {
 		back.Go(func() error { return a.afterMigration(backCtx, run) })
 	}
 	front, frontCtx := errgroup.WithContext(ctx)
@@ -301,6 +308,20 @@ func (a *app) afterMigration(ctx context.Context, run func(context.Context) erro
 	}
 }
 
+func (a *app) runDead(ctx context.Context) error {
+	if a.dead == nil {
+		return nil
+	}
+	return a.dead.Run(ctx)
+}
+
+// deadChanged says that there are fewer dead letters than copies.
+func (a *app) deadChanged() {
+	if a.dead != nil {
+		a.dead.LookSoon()
+	}
+}
+
 func (a *app) runCache(ctx context.Context) error {
 	if a.cache == nil {
 		return nil
@@ -313,7 +334,7 @@ func (a *app) runCache(ctx context.Context) error {
 func (a *app) process(ctx, stop context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(stop, func() { time.AfterFunc(shutdownGrace, cancel) })()
+	defer context.AfterFunc(stop, func() { time.AfterFunc(a.ShutdownGrace, cancel) })()
 	// The processors keep this many of Go's own busy; the others need theirs.
 	runtime.GOMAXPROCS(cpus + a.Image.Workers)
 	p := &pipeline{
@@ -337,8 +358,8 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		products:   a.reader(),
 		encoder:    encoder{a.objectURL},
 		wake:       a.dispatcher.Wake,
-		invalidate: func(id, version int64) { a.invalidate(id, version); a.janitor.CollectSoon() },
-		replayed:   a.janitor.SweepSoon,
+		invalidate: a.changed,
+		replayed:   a.deadChanged,
 		parts:      a.parts,
 		authOn:     a.Auth,
 		log:        a.log,
@@ -369,12 +390,13 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	}
 	a.log.Info("stopping")
 	s.draining.Store(true)
+	<-time.After(a.ShutdownDelay) // requests are answered meanwhile
 	close(s.stopping)
-	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.ShutdownGrace)
 	defer cancel()
 	if err := web.Shutdown(grace); err != nil {
+		a.log.Warn("requests were still in work, breaking them off", "err", err)
 		web.Close()
-		return fmt.Errorf("requests were still in work after %v: %w", shutdownGrace, err)
 	}
 	return nil
 }
@@ -406,7 +428,7 @@ func (p *program) withInvalidation(ctx context.Context, do func(invalidate func(
 	if p.RedisURL == "" || p.RedisURL == "off" {
 		return do(func(int64, int64) {})
 	}
-	redis, err := newRedisCache(p.RedisURL, p.CacheTTL, p.log)
+	redis, err := newRedisCache(p.RedisURL, p.CacheTTL, p.CacheSize, p.log)
 	if err != nil {
 		return err
 	}

@@ -239,7 +239,7 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 		if err != nil {
 			return err
 		}
-		if err := insertImages(ctx, tx, p.ID, p.Images, from, now); err != nil {
+		if err := insertImages(ctx, tx, p, p.Images, from, now); err != nil {
 			return err
 		}
 		return once.record(ctx, tx, p)
@@ -251,19 +251,20 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 }
 
 // insertImages queues new images of a product, due at once, and sets their ids.
-func insertImages(ctx context.Context, tx querier, productID int64, images []Image, from origin, now time.Time) error {
+func insertImages(ctx context.Context, tx querier, p Product, images []Image, from origin, now time.Time) error {
 	if len(images) == 0 {
 		return nil
 	}
 	sql := strings.Builder{}
-	sql.WriteString(`INSERT INTO images (product_id, run_at, request_id, traceparent, position, source) VALUES `)
-	args := []any{productID, now, from.RequestID, from.Traceparent}
+	sql.WriteString(`INSERT INTO images (product_id, user_id, run_at, request_id, traceparent, position, source, host, port) VALUES `)
+	args := []any{p.ID, p.UserID, now, from.RequestID, from.Traceparent}
 	for n, image := range images {
 		if n > 0 {
 			sql.WriteByte(',')
 		}
-		fmt.Fprintf(&sql, "($1,$2,$3,$4,$%d,$%d)", len(args)+1, len(args)+2)
-		args = append(args, image.Position, image.Source)
+		host, port := sourceHost(image.Source)
+		fmt.Fprintf(&sql, "($1,$2,$3,$4,$5,$%d,$%d,$%d,$%d)", len(args)+1, len(args)+2, len(args)+3, len(args)+4)
+		args = append(args, image.Position, image.Source, host, port)
 	}
 	sql.WriteString(` RETURNING id, position`)
 	r, err := tx.Query(ctx, sql.String(), args...)
@@ -327,7 +328,7 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		if err := moveImages(ctx, tx, moved); err != nil {
 			return err
 		}
-		if err := insertImages(ctx, tx, id, added, from, p.UpdatedAt); err != nil {
+		if err := insertImages(ctx, tx, p, added, from, p.UpdatedAt); err != nil {
 			return err
 		}
 		p.Images = inOrder(kept, added)

@@ -1,0 +1,284 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	// loadClientVar makes TestLoadClient, in a process of its own, a client.
+	loadClientVar = "PMS_LOAD_CLIENT"
+
+	// loadConnections is how many connections the client has.
+	loadConnections = 32
+
+	// pacedRate is far below what one of two cores answers, in requests a second.
+	pacedRate = 2000
+)
+
+// loadClient is what a client is to send, and the status that it must get.
+type loadClient struct {
+	Addr     string
+	Header   http.Header
+	Status   int
+	Products int // those from 1 on are read; with loadConnections, each connection has one of its own and no two share a read by chance
+	Requests int
+	Rate     int    // requests a second; 0: as fast as they are answered
+	Result   string // the file for the latencies; with Rate only
+}
+
+// run runs the client in a process of its own until it has sent everything.
+func (l loadClient) run(b *testing.B) {
+	b.Helper()
+	spec, err := json.Marshal(l)
+	if err != nil {
+		b.Fatal(err)
+	}
+	client := exec.Command(os.Args[0], "-test.run", "^TestLoadClient$")
+	client.Env = append(os.Environ(), loadClientVar+"="+string(spec))
+	if out, err := client.CombinedOutput(); err != nil {
+		b.Fatalf("%v: %s", err, out)
+	}
+}
+
+// latencies are percentiles of what a paced client has seen.
+type latencies struct{ P50, P99 time.Duration }
+
+// runPaced is run at a rate. It answers how long the requests took.
+func (l loadClient) runPaced(b *testing.B, rate int) (seen latencies) {
+	b.Helper()
+	l.Rate, l.Result = rate, filepath.Join(b.TempDir(), "latencies")
+	l.run(b)
+	data, err := os.ReadFile(l.Result)
+	if err == nil {
+		err = json.Unmarshal(data, &seen)
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	return seen
+}
+
+func TestLoadClient(t *testing.T) {
+	spec := os.Getenv(loadClientVar)
+	if spec == "" {
+		t.Skip("is the client of the benchmarks")
+	}
+	var load loadClient
+	if err := json.Unmarshal([]byte(spec), &load); err != nil {
+		t.Fatal(err)
+	}
+	var group errgroup.Group
+	var all [loadConnections][]time.Duration
+	began := time.Now()
+	for n := range loadConnections {
+		requests := (load.Requests + n) / loadConnections
+		group.Go(func() (err error) {
+			pace := newPace(began, load.Rate, n)
+			all[n], err = load.send(fmt.Sprintf("/products/%d", n%load.Products+1), requests, pace)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if load.Result == "" {
+		return
+	}
+	sorted := slices.Sorted(slices.Values(slices.Concat(all[:]...)))
+	data, err := json.Marshal(latencies{sorted[len(sorted)/2], sorted[len(sorted)*99/100]})
+	if err == nil {
+		err = os.WriteFile(load.Result, data, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pace is when one connection of a paced client is to send.
+type pace struct {
+	due   time.Time
+	every time.Duration // 0: at once
+}
+
+// newPace spreads the connections over the time between two requests of one.
+func newPace(began time.Time, rate, connection int) *pace {
+	if rate == 0 {
+		return &pace{}
+	}
+	every := time.Second * loadConnections / time.Duration(rate)
+	return &pace{began.Add(every * time.Duration(connection) / loadConnections), every}
+}
+
+// next waits for the time of the next request and answers when its latency
+// begins. That is the time that was due if the answer before came too late for
+// it (or a server that stalls would be asked less, and look better for it), but
+// not if only this client's timer was late.
+func (p *pace) next() time.Time {
+	due := p.due
+	p.due = due.Add(p.every)
+	if p.every == 0 || !time.Now().Before(due) {
+		return due
+	}
+	<-time.After(time.Until(due))
+	return time.Now()
+}
+
+// send sends n requests, one after the other, over one connection, and answers
+// how long each took. It parses the first two answers, the first of which may be
+// a miss, and reads as many bytes for each of the others: a client that works as
+// hard as the server would keep it from being measured at load.
+func (l loadClient) send(path string, n int, pace *pace) (took []time.Duration, err error) {
+	conn, err := net.Dial("tcp", l.Addr)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	request, err := http.NewRequest("GET", "http://"+l.Addr+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(request.Header, l.Header)
+	var wire bytes.Buffer
+	if err := request.Write(&wire); err != nil {
+		return nil, err
+	}
+	if err := conn.SetDeadline(time.Now().Add(2 * time.Minute)); err != nil {
+		return nil, err
+	}
+	buf := make([]byte, 64<<10)
+	size := 0
+	for done := range n {
+		begin := pace.next()
+		if _, err := conn.Write(wire.Bytes()); err != nil {
+			return nil, err
+		}
+		if done < 2 {
+			size, err = l.parsedAnswer(conn, request, buf)
+		} else {
+			_, err = io.ReadFull(conn, buf[:size])
+		}
+		if err != nil {
+			return nil, err
+		}
+		took = append(took, time.Since(begin))
+	}
+	want := fmt.Sprintf("HTTP/1.1 %d ", l.Status)
+	if size > 0 && !bytes.HasPrefix(buf, []byte(want)) {
+		return nil, fmt.Errorf("answer %.20q, want %q", buf, want)
+	}
+	return took, nil
+}
+
+// parsedAnswer answers how many bytes an answer has, headers and all.
+func (l loadClient) parsedAnswer(conn net.Conn, request *http.Request, buf []byte) (size int, err error) {
+	var raw bytes.Buffer
+	response, err := http.ReadResponse(bufio.NewReader(io.TeeReader(conn, &raw)), request)
+	if err != nil {
+		return 0, err
+	}
+	_, err = io.Copy(io.Discard, response.Body)
+	return copy(buf, raw.Bytes()), err
+}
+
+// benchmarkPaced sends at a rate that leaves the server idle most of the time,
+// and reports how long the answers take.
+func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status int) {
+	web := httptest.NewServer(h)
+	defer web.Close()
+	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: max(b.N, loadConnections)}
+	report(b, load.runPaced(b, pacedRate))
+}
+
+func report(b *testing.B, seen latencies) {
+	b.ReportMetric(float64(seen.P50.Nanoseconds())/1e3, "p50-µs")
+	b.ReportMetric(float64(seen.P99.Nanoseconds())/1e3, "p99-µs")
+}
+
+// BenchmarkGetWhileCompressing compares what a read takes while the same process
+// does nothing else with what it takes while every image worker is busy. The
+// photographs come from this process, the requests from a third.
+//
+//	go test -run '^$' -bench WhileCompressing -benchtime 5s -count 5 .
+func BenchmarkGetWhileCompressing(b *testing.B) {
+	photos := newPhotoServer(b)
+	shop := startBinary(b, environment(map[string]string{"DATA_DIR": b.TempDir(), "LOG_LEVEL": "info"}))
+	post := func(sources ...string) error {
+		_, err := shop.send("POST", "/products", map[string]any{"user_id": 1, "product_name": "Shoe", "product_price": 1, "product_images": sources}, nil)
+		return err
+	}
+	if err := post(); err != nil {
+		b.Fatal(err)
+	}
+	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Products: 1}
+	var idle latencies
+	b.Run("idle", func(b *testing.B) {
+		load.Requests = max(b.N, loadConnections)
+		idle = load.runPaced(b, pacedRate)
+		report(b, idle)
+	})
+	b.Run("compressing", func(b *testing.B) {
+		release := keepCompressing(b, photos, post)
+		defer release()
+		load.Requests = max(b.N, loadConnections)
+		busy := load.runPaced(b, pacedRate)
+		report(b, busy)
+		if idle.P99 > 0 {
+			b.ReportMetric(float64(busy.P99)/float64(idle.P99), "p99-of-idle")
+		}
+	})
+}
+
+// keepCompressing keeps every image worker busy, from its return on until
+// release has returned.
+func keepCompressing(b *testing.B, photos *photoServer, post func(sources ...string) error) (release func()) {
+	b.Helper()
+	data := jpegPhoto(b, 3000, 2000)
+	stop := make(chan struct{})
+	var poster sync.WaitGroup
+	poster.Go(func() {
+		for n := 0; ; n++ {
+			source := photos.serve("/"+strconv.Itoa(n), data)
+			if err := post(slices.Repeat([]string{source}, maxImages)...); err != nil {
+				b.Error(err)
+				return
+			}
+			// The next when this one is half done, so that there is no gap.
+			if !pollUntil(time.Now().Add(settleTime), func() bool {
+				select {
+				case <-stop:
+					return true
+				default:
+					return photos.requests("/"+strconv.Itoa(n)) >= maxImages/2
+				}
+			}) {
+				b.Error("no image is fetched")
+				return
+			}
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	})
+	eventually(b, "images are being compressed", func() bool { return photos.requests("/0") > 0 })
+	return func() { close(stop); poster.Wait() }
+}

@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// An image that kills its worker, or has it killed, comes back from the broker
+// each time. So do the innocent images that were in hand beside it, and each of
+// those deliveries counts. What tells them apart is in the row: an image that
+// came back suspectDeliveries times is started only while nothing else is in
+// hand, and each such start is counted until it has any outcome. Whoever is
+// started alone maxLoneStarts times without one is poison.
+//
+// An image so ends after at most suspectDeliveries + maxLoneStarts + 1
+// deliveries, which is within deliveryLimit. The broker's limit is behind that,
+// for what does not get as far as a start.
+const (
+	suspectDeliveries = 5
+	maxLoneStarts     = 10
+)
+
+func poisonError(starts int) *imageError {
+	return permanent("poison", "its worker ended each of the %d times that it had nothing but this image in hand", starts)
+}
+
+const countLoneStart = `UPDATE images SET lone_starts = lone_starts + 1 WHERE id = $1 AND status = 'pending' RETURNING lone_starts`
+
+// CountLoneStart notes that a pending image is about to be started with nothing
+// else in hand, and answers the how manieth time in a row that is. errNotFound as
+// for PendingImage.
+func (s *store) CountLoneStart(ctx context.Context, id int64) (starts int, err error) {
+	counts, err := changed(ctx, s, func(r rows) (n int, err error) { err = r.Scan(&n); return n, err }, countLoneStart, id)
+	if err == nil && len(counts) == 0 {
+		err = errNotFound
+	}
+	if err != nil {
+		return 0, fmt.Errorf("count start of image %d: %w", id, err)
+	}
+	return counts[0], nil
+}
+
+// ForgetLoneStarts notes that an image was given back by a worker that lives.
+func (s *store) ForgetLoneStarts(ctx context.Context, id int64) error {
+	_, err := s.Exec(ctx, `UPDATE images SET lone_starts = 0 WHERE id = $1 AND status = 'pending'`, id)
+	return wrap(fmt.Sprintf("forget starts of image %d", id), err)
+}
+
+const reviveGivenUp = `
+UPDATE images SET lone_starts = lone_starts + 1, run_at = $3
+WHERE id = $1 AND status = 'pending' AND run_at IS NULL AND published_at <= $2
+RETURNING lone_starts, attempts`
+
+// ReviveGivenUp queues a pending image anew that the broker gave up at its
+// delivery limit, which an innocent may reach too: by the company it was in, or
+// by connections that broke. If that has happened too often it is a dead letter,
+// and version its product's new one, else 0.
+//
+// published is the time of the message that was given up. An image that was
+// published again since is in work, and not meant: errNotFound.
+func (s *store) ReviveGivenUp(ctx context.Context, job Job, published time.Time) (version int64, err error) {
+	type state struct{ starts, attempts int }
+	// A job is marked as published after its message was made, within the lease.
+	states, err := changed(ctx, s, func(r rows) (st state, err error) { err = r.Scan(&st.starts, &st.attempts); return st, err },
+		reviveGivenUp, job.ID, published.UTC().Add(leaseTime), s.now())
+	if err == nil && len(states) == 0 {
+		err = errNotFound
+	}
+	if err != nil {
+		return 0, fmt.Errorf("revive image %d: %w", job.ID, err)
+	}
+	if states[0].starts <= maxLoneStarts {
+		return 0, nil
+	}
+	return s.SettleFailed(ctx, job, failure{imageError: poisonError(states[0].starts), Attempt: states[0].attempts + 1})
+}
+
+// countStart has the image of a delivery that came alone pay for its start; one
+// that has none left is poison.
+func (p *pipeline) countStart(ctx context.Context, w *work) error {
+	if !w.delivery.Alone {
+		return nil
+	}
+	var starts int
+	err := p.persist(ctx, w, func() (err error) { starts, err = p.store.CountLoneStart(ctx, w.delivery.Job.ID); return err })
+	if err == nil && starts > maxLoneStarts {
+		return poisonError(maxLoneStarts)
+	}
+	return err
+}
+
+// giveBack returns an unfinished image to the queue, unharmed.
+func (p *pipeline) giveBack(ctx context.Context, w *work) error {
+	var err error
+	if w.delivery.Alone {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second) // ctx has ended
+		defer cancel()
+		err = p.store.ForgetLoneStarts(ctx, w.delivery.Job.ID)
+	}
+	return errors.Join(err, w.delivery.Release())
+}
