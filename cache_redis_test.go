@@ -321,7 +321,7 @@ func TestCacheSendsItsLastMarkersAtTheEnd(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- c.Run(ctx) }()
 	eventually(t, "redis answers", func() bool { return backend.Ping(t.Context()) == nil })
-	for id := range int64(3000) {
+	for id := range int64(300) {
 		c.Invalidate(id+1, 9)
 	}
 	cancel()
@@ -329,7 +329,7 @@ func TestCacheSendsItsLastMarkersAtTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	reader := connected(t, redisBackend(t, server.URL, quiet))
-	for id := range int64(3000) {
+	for id := range int64(300) {
 		if version, _ := mustGet(t, reader, id+1); version != 9 {
 			t.Fatalf("product %d: version %d", id+1, version)
 		}

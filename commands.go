@@ -193,15 +193,8 @@ func (p *program) replayIDs(ctx context.Context, db *store, o replayOptions, inv
 				return err
 			}
 		}
-		replayed, changed, err := db.ReplayDead(ctx, []int64{id})
-		if err == nil && replayed == 0 {
-			_, err = db.PendingImage(ctx, id) // in work already, or no dead letter
-		}
-		if err != nil {
+		if _, err := replayOne(ctx, db, id, invalidate); err != nil {
 			return err
-		}
-		for _, product := range changed {
-			invalidate(product.ID, product.Version)
 		}
 		fmt.Fprintf(p.stdout, "replayed %d\n", id)
 	}

@@ -23,6 +23,10 @@ type attempt struct {
 	Detail   string
 }
 
+// isDead is what makes an image a dead letter, in SQL. The partial indexes on
+// images say the same.
+const isDead = `status = 'failed' AND discarded_at IS NULL`
+
 // deadFilter selects dead letters; its zero value selects all.
 type deadFilter struct {
 	Code   string
@@ -32,9 +36,9 @@ type deadFilter struct {
 	Since  time.Time // of the failure, which may be at that very time
 }
 
-// where is the filter as SQL over images i, and its arguments.
+// where is the filter as SQL over images, and its arguments.
 func (f deadFilter) where() (sql string, args []any) {
-	conditions := []string{"i.status = 'failed' AND i.discarded_at IS NULL"}
+	conditions := []string{isDead}
 	add := func(condition string, value any) {
 		args = append(args, value)
 		conditions = append(conditions, fmt.Sprintf("%s $%d", condition, len(args)))
@@ -93,7 +97,7 @@ func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) 
 	return counts[0], nil
 }
 
-const selectDeadLetter = selectDeadLetters + `i.status = 'failed' AND i.discarded_at IS NULL AND i.id = $1`
+const selectDeadLetter = selectDeadLetters + isDead + ` AND i.id = $1`
 
 const selectAttempts = `SELECT failed_at, duration_ms, code, detail FROM image_attempts WHERE image_id = $1 ORDER BY id`
 
@@ -116,7 +120,7 @@ func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
 }
 
 const (
-	selectDeadProducts = `SELECT DISTINCT product_id FROM images WHERE id = ANY($1) AND status = 'failed' AND discarded_at IS NULL`
+	selectDeadProducts = `SELECT DISTINCT product_id FROM images WHERE id = ANY($1) AND ` + isDead
 
 	// In order, so that of two replays neither waits for the other's product.
 	lockProducts = `SELECT id FROM products WHERE id = ANY($1) ORDER BY id FOR UPDATE`
@@ -124,7 +128,7 @@ const (
 	replayDead = `
 UPDATE images SET status = 'pending', attempts = 0, lone_starts = 0, put_off = 0, run_at = $2,
 	failed_at = NULL, error_code = '', error_detail = ''
-WHERE id = ANY($1) AND status = 'failed' AND discarded_at IS NULL
+WHERE id = ANY($1) AND ` + isDead + `
 RETURNING product_id`
 
 	raiseVersions = `UPDATE products SET version = version + 1, updated_at = $2 WHERE id = ANY($1) RETURNING id, version`
@@ -170,7 +174,7 @@ func queryIDs(ctx context.Context, q querier, sql string, args ...any) ([]int64,
 // DiscardDead gives a dead letter up for good: its image stays failed, but waits
 // for nobody. errNotFound if it is not a dead letter.
 func (s *store) DiscardDead(ctx context.Context, id int64) error {
-	n, err := s.Exec(ctx, `UPDATE images SET discarded_at = $2 WHERE id = $1 AND status = 'failed' AND discarded_at IS NULL`, id, s.now())
+	n, err := s.Exec(ctx, `UPDATE images SET discarded_at = $2 WHERE id = $1 AND `+isDead, id, s.now())
 	if err == nil && n == 0 {
 		err = errNotFound
 	}
@@ -203,15 +207,31 @@ func replay(ctx context.Context, db *store, f deadFilter, rate int, invalidate f
 			ids[n] = letter.ID
 		}
 		after = ids[len(ids)-1]
-		n, changed, err := db.ReplayDead(ctx, ids)
+		n, err := replayAndTell(ctx, db, ids, invalidate)
 		if err != nil {
 			return replayed, err
 		}
 		replayed += n
-		for _, product := range changed {
-			invalidate(product.ID, product.Version)
-		}
 	}
+}
+
+// replayOne queues a dead letter anew. One that is in work already is no error,
+// and none is replayed; errNotFound if it is neither.
+func replayOne(ctx context.Context, db *store, id int64, invalidate func(id, version int64)) (replayed int, err error) {
+	replayed, err = replayAndTell(ctx, db, []int64{id}, invalidate)
+	if err == nil && replayed == 0 {
+		_, err = db.PendingImage(ctx, id)
+	}
+	return replayed, err
+}
+
+// replayAndTell is ReplayDead, and tells the caches.
+func replayAndTell(ctx context.Context, db *store, ids []int64, invalidate func(id, version int64)) (replayed int, err error) {
+	replayed, changed, err := db.ReplayDead(ctx, ids)
+	for _, product := range changed {
+		invalidate(product.ID, product.Version)
+	}
+	return replayed, err
 }
 
 // pauseFor waits for the time between two things of which there may be rate a

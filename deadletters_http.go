@@ -62,22 +62,6 @@ func readDeadFilter(query url.Values) (f deadFilter, wrong invalidInput) {
 	return f, wrong
 }
 
-// check has a parameter read if the query has it, and notes what is wrong with it.
-func (e *invalidInput) check(query url.Values, name string, read func(value string) error) {
-	if query.Has(name) {
-		if err := read(query.Get(name)); err != nil {
-			*e = append(*e, fieldError{name, err.Error()})
-		}
-	}
-}
-
-func (e invalidInput) err() error {
-	if e == nil {
-		return nil
-	}
-	return e
-}
-
 func checkFilled(v string) error {
 	if v == "" {
 		return errors.New("must not be empty")
@@ -136,17 +120,9 @@ func (s *server) replayDeadLetter(w http.ResponseWriter, r *http.Request) error 
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	n, changed, err := s.store.ReplayDead(ctx, []int64{id})
+	n, err := replayOne(ctx, s.store, id, s.invalidate)
 	if err != nil {
 		return err
-	}
-	if n == 0 {
-		if _, err := s.store.PendingImage(ctx, id); err != nil {
-			return err
-		}
-	}
-	for _, product := range changed {
-		s.invalidate(product.ID, product.Version)
 	}
 	s.afterReplay()
 	writeJSON(w, http.StatusAccepted, replayedJSON{n})

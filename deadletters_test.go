@@ -371,17 +371,9 @@ func TestDeadLetterPagesReadNoMoreThanTheyNeed(t *testing.T) {
 	} {
 		for page, after := range map[string]int64{"first": 0, "deep": letters / 2} {
 			sql, args := c.filter.pageSQL(after, limit)
-			r, err := db.QueryOnce(t.Context(), "EXPLAIN (ANALYZE, FORMAT JSON) "+sql, args...)
-			plans, err := collect(r, err, func(r rows) (text string, err error) { err = r.Scan(&text); return text, err })
-			if err != nil {
-				t.Fatal(err)
-			}
-			var out []struct{ Plan planNode }
-			if err := json.Unmarshal([]byte(plans[0]), &out); err != nil {
-				t.Fatal(err)
-			}
-			if read := int(out[0].Plan.readOf("images")); read > c.matches+limit {
-				t.Errorf("%s, %s page: reads %d rows, the filter matches %d:\n%s", name, page, read, c.matches, plans[0])
+			plan, root := explain(t, db, sql, args...)
+			if read := int(root.readOf("images")); read > c.matches+limit {
+				t.Errorf("%s, %s page: reads %d rows, the filter matches %d:\n%s", name, page, read, c.matches, plan)
 			}
 		}
 	}

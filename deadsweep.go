@@ -160,7 +160,7 @@ func (k *deadKeeper) revive(ctx context.Context, c deadCopy) error {
 
 const countDeadBefore = `
 SELECT count(*), count(*) FILTER (WHERE failed_at <= $1)
-FROM images WHERE status = 'failed' AND discarded_at IS NULL`
+FROM images WHERE ` + isDead
 
 // countDeadBefore counts the dead letters, and those of them that failed by the
 // given time.
@@ -169,7 +169,7 @@ func (s *store) countDeadBefore(ctx context.Context, t time.Time) (all, before i
 	return all, before, wrap("count dead letters", err)
 }
 
-const selectDeadAmong = `SELECT id FROM images WHERE id = ANY($1) AND status = 'failed' AND discarded_at IS NULL`
+const selectDeadAmong = `SELECT id FROM images WHERE id = ANY($1) AND ` + isDead
 
 // deadAmong says which of some images are dead letters.
 func (s *store) deadAmong(ctx context.Context, ids []int64) (map[int64]bool, error) {
@@ -186,7 +186,7 @@ func (s *store) deadAmong(ctx context.Context, ids []int64) (map[int64]bool, err
 
 const selectDeadBefore = `
 SELECT id, product_id, request_id, traceparent FROM images
-WHERE status = 'failed' AND discarded_at IS NULL AND failed_at <= $1 AND id > $2
+WHERE ` + isDead + ` AND failed_at <= $1 AND id > $2
 ORDER BY id LIMIT $3`
 
 // deadBefore reads the jobs of the dead letters that failed by the given time,

@@ -53,7 +53,7 @@ func TestListsReadNoMoreThanTheyNeed(t *testing.T) {
 			f.Sort, f.Limit = sort, limit
 			for page, after := range map[string]*cursor{"first": nil, "deep": middle} {
 				f.After = after
-				plan, root := explain(t, db, f)
+				plan, root := explainList(t, db, f)
 				if read := int(root.readOf("products")); read > matches+limit {
 					t.Errorf("%s by %s, %s page: reads %d rows, its filter matches %d:\n%s", name, sort, page, read, matches, plan)
 				}
@@ -92,10 +92,10 @@ func wantEvenCosts(t *testing.T, db *postgres, middles map[sortOrder]*cursor) {
 	for name, f := range filters {
 		for sort, middle := range middles {
 			f.Sort, f.Limit, f.After = sort, 50, nil
-			_, small := explain(t, smallDB, f)
-			_, first := explain(t, db, f)
+			_, small := explainList(t, smallDB, f)
+			_, first := explainList(t, db, f)
 			f.After = middle
-			plan, far := explain(t, db, f)
+			plan, far := explainList(t, db, f)
 			worstFar, worstSize = max(worstFar, far.blocks()/first.blocks()), max(worstSize, first.blocks()/small.blocks())
 			if far.blocks() > farOver*first.blocks()+more || first.blocks() > sizeOver*small.blocks() {
 				t.Errorf("%s by %s: %v blocks, first page %v, in a small catalogue %v:\n%s", name, sort, far.blocks(), first.blocks(), small.blocks(), plan)
@@ -209,13 +209,18 @@ func (n planNode) readOf(table string) (rows float64) {
 // blocks is how many blocks a plan has touched.
 func (n planNode) blocks() float64 { return n.Hit + n.Missed }
 
-// explain runs a list query, planned as the program has it planned.
-func explain(t *testing.T, db *postgres, f productFilter) (plan string, root planNode) {
+// explainList runs a list query, planned as the program has it planned.
+func explainList(t *testing.T, db *postgres, f productFilter) (plan string, root planNode) {
 	t.Helper()
 	sql, args, err := f.sql()
 	if err != nil {
 		t.Fatal(err)
 	}
+	return explain(t, db, sql, args...)
+}
+
+func explain(t *testing.T, db *postgres, sql string, args ...any) (plan string, root planNode) {
+	t.Helper()
 	r, err := db.QueryOnce(t.Context(), "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) "+sql, args...)
 	plans, err := collect(r, err, func(r rows) (text string, err error) { err = r.Scan(&text); return text, err })
 	if err != nil {

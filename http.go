@@ -363,30 +363,20 @@ func readFilter(raw string) (productFilter, error) {
 		return f, err
 	}
 	var wrong invalidInput
-	check := func(name string, read func(value string) error) {
-		if query.Has(name) {
-			if err := read(query.Get(name)); err != nil {
-				wrong = append(wrong, fieldError{name, err.Error()})
-			}
-		}
-	}
-	check("user_id", func(v string) (err error) { f.UserID, err = readID(v); return err })
-	check("name", func(v string) (err error) { f.Name, err = v, checkText(v); return err })
-	check("min_price", func(v string) (err error) { f.MinPrice, err = readPrice(v); return err })
-	check("max_price", func(v string) (err error) { f.MaxPrice, err = readPrice(v); return err })
-	check("limit", func(v string) (err error) { f.Limit, err = readLimit(v); return err })
-	check("sort", func(v string) error {
+	wrong.check(query, "user_id", func(v string) (err error) { f.UserID, err = readID(v); return err })
+	wrong.check(query, "name", func(v string) (err error) { f.Name, err = v, checkText(v); return err })
+	wrong.check(query, "min_price", func(v string) (err error) { f.MinPrice, err = readPrice(v); return err })
+	wrong.check(query, "max_price", func(v string) (err error) { f.MaxPrice, err = readPrice(v); return err })
+	wrong.check(query, "limit", func(v string) (err error) { f.Limit, err = readLimit(v); return err })
+	wrong.check(query, "sort", func(v string) error {
 		if !sortOrder(v).valid() {
 			return errors.New(`must be id, product_price, created_at or product_name, with "-" before it for descending`)
 		}
 		f.Sort = sortOrder(v)
 		return nil
 	})
-	check("cursor", func(v string) (err error) { f.After, err = parseCursor(v, f.Sort); return err })
-	if wrong != nil {
-		return f, wrong
-	}
-	return f, nil
+	wrong.check(query, "cursor", func(v string) (err error) { f.After, err = parseCursor(v, f.Sort); return err })
+	return f, wrong.err()
 }
 
 func readID(v string) (*int64, error) {

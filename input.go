@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -32,6 +33,23 @@ type fieldError struct {
 type invalidInput []fieldError
 
 func (e invalidInput) Error() string { return fmt.Sprintf("invalid input: %v", []fieldError(e)) }
+
+// err is the error of all that was found wrong, or nil.
+func (e invalidInput) err() error {
+	if e == nil {
+		return nil
+	}
+	return e
+}
+
+// check has a parameter read if the query has it, and notes what is wrong with it.
+func (e *invalidInput) check(query url.Values, name string, read func(value string) error) {
+	if query.Has(name) {
+		if err := read(query.Get(name)); err != nil {
+			*e = append(*e, fieldError{name, err.Error()})
+		}
+	}
+}
 
 // badJSON is a body that is not the JSON object that was asked for.
 type badJSON struct {
@@ -190,12 +208,7 @@ func readProductInput(body []byte, fields ...string) (*productInput, error) {
 }
 
 // err is the error of all fields that were found wrong, or nil.
-func (in *productInput) err() error {
-	if in.errors == nil {
-		return nil
-	}
-	return in.errors
-}
+func (in *productInput) err() error { return in.errors.err() }
 
 func (in *productInput) wrong(field, format string, args ...any) {
 	in.errors = append(in.errors, fieldError{field, fmt.Sprintf(format, args...)})

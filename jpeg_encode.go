@@ -334,11 +334,12 @@ func (s *jpegScan) appendData(out []byte, tables *[2]huffmanTable) []byte {
 		spell(piece)
 	}
 	spell(s.tokens.last)
-	return appendLast(out, pending, count)
+	return appendBits(out, pending, count)
 }
 
-// appendLast appends the bits that are left, and ones to the end of their byte.
-func appendLast(out []byte, pending uint64, count int) []byte {
+// appendBits appends the low count bits of pending, and ones to the end of their
+// last byte.
+func appendBits(out []byte, pending uint64, count int) []byte {
 	fill := -count & 7
 	pending, count = pending<<fill|(1<<fill-1), count+fill
 	for ; count > 0; count -= 8 {
@@ -357,13 +358,7 @@ func appendStuffed(out []byte, word uint32) []byte {
 	if word&(word&0x7f7f7f7f+0x01010101)&0x80808080 == 0 {
 		return binary.BigEndian.AppendUint32(out, word)
 	}
-	for shift := 24; shift >= 0; shift -= 8 {
-		b := byte(word >> shift)
-		if out = append(out, b); b == 0xff {
-			out = append(out, 0)
-		}
-	}
-	return out
+	return appendBits(out, uint64(word), 32)
 }
 
 // zigzag is the order of the coefficients in a file (T.81, figure A.6).

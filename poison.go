@@ -32,14 +32,8 @@ const countLoneStart = `UPDATE images SET lone_starts = lone_starts + 1 WHERE id
 // else in hand, and answers the how manieth time in a row that is. errNotFound as
 // for PendingImage.
 func (s *store) CountLoneStart(ctx context.Context, id int64) (starts int, err error) {
-	counts, err := changed(ctx, s, func(r rows) (n int, err error) { err = r.Scan(&n); return n, err }, countLoneStart, id)
-	if err == nil && len(counts) == 0 {
-		err = errNotFound
-	}
-	if err != nil {
-		return 0, fmt.Errorf("count start of image %d: %w", id, err)
-	}
-	return counts[0], nil
+	err = changedRow(ctx, s, []any{&starts}, countLoneStart, id)
+	return starts, wrap(fmt.Sprintf("count start of image %d", id), err)
 }
 
 // ForgetLoneStarts notes that an image was given back by a worker that lives.
@@ -61,20 +55,16 @@ RETURNING lone_starts, attempts`
 // published is the time of the message that was given up. An image that was
 // published again since is in work, and not meant: errNotFound.
 func (s *store) ReviveGivenUp(ctx context.Context, job Job, published time.Time) (version int64, err error) {
-	type state struct{ starts, attempts int }
+	var starts, attempts int
 	// A job is marked as published after its message was made, within the lease.
-	states, err := changed(ctx, s, func(r rows) (st state, err error) { err = r.Scan(&st.starts, &st.attempts); return st, err },
-		reviveGivenUp, job.ID, published.UTC().Add(leaseTime), s.now())
-	if err == nil && len(states) == 0 {
-		err = errNotFound
-	}
+	err = changedRow(ctx, s, []any{&starts, &attempts}, reviveGivenUp, job.ID, published.UTC().Add(leaseTime), s.now())
 	if err != nil {
 		return 0, fmt.Errorf("revive image %d: %w", job.ID, err)
 	}
-	if states[0].starts <= maxLoneStarts {
+	if starts <= maxLoneStarts {
 		return 0, nil
 	}
-	return s.SettleFailed(ctx, job, failure{imageError: poisonError(states[0].starts), Attempt: states[0].attempts + 1})
+	return s.SettleFailed(ctx, job, failure{imageError: poisonError(starts), Attempt: attempts + 1})
 }
 
 // countStart has the image of a delivery that came alone pay for its start; one

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -175,6 +177,26 @@ func TestSuspectsAtShutdown(t *testing.T) {
 	settled(t, first.Ack())
 	in.stop(t)
 	eventually(t, "the other is back", func() bool { n, err := q.Waiting(t.Context()); return err == nil && n == 1 })
+}
+
+// So is one that is stopped just when it would subscribe anew.
+func TestSuspectsAtShutdownAfterTheLast(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.MessageKey && a.Value.String() == "images are handed out side by side again" {
+			cancel()
+		}
+		return a
+	}}))
+	q := runQueue(t, newRabbitQueue(testAMQP(t), noRefill, log))
+	returned(t, q, map[int64]int{1: suspectDeliveries})
+	out, ended := make(chan Delivery), make(chan error)
+	go func() { ended <- q.Consume(ctx, 5, out) }()
+	settled(t, receive(t, out).Ack())
+	if err := receive(t, ended); err != nil {
+		t.Errorf("Consume: %v", err)
+	}
 }
 
 // A lost connection ends the wait for what is in hand.

@@ -51,6 +51,7 @@ func (q *rabbitQueue) handOutAlone(ctx context.Context, c *amqpConsumer, first a
 	if err := c.awaitEmptyHand(); err != nil || ctx.Err() != nil {
 		return err
 	}
+	q.log.Debug("images are handed out side by side again")
 	return c.resubscribe(ctx)
 }
 

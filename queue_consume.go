@@ -59,11 +59,11 @@ func (q *rabbitQueue) consumeOnce(ctx context.Context, prefetch int, out chan<- 
 			} else {
 				q.handOut(ctx, c, message, out, false)
 			}
+			if err != nil { // the connection is lost, there is nothing to finish
+				return err
+			}
 			if ctx.Err() != nil {
 				return c.finish()
-			}
-			if err != nil {
-				return err
 			}
 		}
 	}

@@ -129,6 +129,12 @@ func changed[T any](ctx context.Context, s *store, scan func(rows) (T, error), s
 	return all, err
 }
 
+// changedRow runs an UPDATE in a transaction of its own and scans the row that it
+// returns into dest, or answers errNotFound.
+func changedRow(ctx context.Context, s *store, dest []any, sql string, args ...any) error {
+	return s.InTx(ctx, func(tx querier) error { return queryRow(ctx, tx, dest, sql, args...) })
+}
+
 // productColumns are those of a product p joined with one of its images i, if
 // it has any. The description comes with the first image only: it may be long.
 const productColumns = `p.id, p.user_id, p.product_name,
