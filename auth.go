@@ -86,18 +86,20 @@ const tokenTime = 5 * time.Second
 // tokenCache remembers valid tokens for tokenTime. Only those: so it holds no
 // more entries than there have been tokens, and guessing costs it no memory.
 type tokenCache struct {
-	known sync.Map // tokenSum to knownCaller
+	known sync.Map // tokenKey to knownCaller
 }
 
 type knownCaller struct {
 	caller
+	sum    tokenSum
 	until  time.Time
 	bucket *rateBucket
 }
 
 func (c *tokenCache) look(ctx context.Context, sum tokenSum, ask func(context.Context, tokenSum) (caller, error)) (knownCaller, error) {
-	found, ok := c.known.Load(sum)
-	known, _ := found.(knownCaller)
+	found, _ := c.known.Load(sum.key())
+	known, ok := found.(knownCaller)
+	ok = ok && sum.equal(known.sum[:])
 	if ok && time.Now().Before(known.until) {
 		return known, nil
 	}
@@ -105,15 +107,15 @@ func (c *tokenCache) look(ctx context.Context, sum tokenSum, ask func(context.Co
 	defer cancel()
 	who, err := ask(ctx, sum)
 	if err != nil {
-		if errors.Is(err, errNotFound) {
-			c.known.Delete(sum)
+		if ok && errors.Is(err, errNotFound) {
+			c.known.Delete(sum.key())
 		}
 		return knownCaller{}, err
 	}
 	if !ok {
-		known.bucket = new(rateBucket)
+		known = knownCaller{sum: sum, bucket: new(rateBucket)}
 	}
 	known.caller, known.until = who, time.Now().Add(tokenTime)
-	c.known.Store(sum, known)
+	c.known.Store(sum.key(), known)
 	return known, nil
 }

@@ -200,6 +200,36 @@ func TestTokensAreLookedUpAgain(t *testing.T) {
 	})
 }
 
+// A sum that begins like a known one is another token's, in the database and in
+// memory, and does not push the known one out.
+func TestSumsAreComparedWhole(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		token, err := s.CreateToken(t.Context(), caller{UserID: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sumOf(token)
+		other := sum
+		other[len(other)-1] ^= 1
+		if _, err := s.TokenCaller(t.Context(), other); !errors.Is(err, errNotFound) {
+			t.Errorf("in the database: %v", err)
+		}
+		var c tokenCache
+		for _, look := range []struct {
+			sum  tokenSum
+			want error
+		}{{sum, nil}, {other, errNotFound}, {sum, nil}} {
+			if _, err := c.look(t.Context(), look.sum, s.TokenCaller); !errors.Is(err, look.want) {
+				t.Errorf("in memory: %v, want %v", err, look.want)
+			}
+		}
+		if _, known := c.known.Load(sum.key()); !known {
+			t.Error("the known token was pushed out")
+		}
+	})
+}
+
 func TestStoreListsAndRevokesTokens(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {

@@ -136,7 +136,7 @@ func hostileTargets() (all []hostileRequest) {
 	add(405, "POST", "/products/1", "/healthz", "/metrics")
 	add(405, "get", "/products")
 	add(404, "FOO", "/nowhere")
-	add(400, "GET", "/products?x", "/products?%zz", "/products?a;b", "/products?limit=1;limit=2", "/products?sort=id;drop", "/products?limit=1&limit=1", "/products?"+strings.Repeat("a=1&", 10_000), "/products?LIMIT=1", "/products?limit[]=1", "/products?access_token=x", "/dead-letters?user_id=1", "/products?limit%00=1")
+	add(400, "GET", "/products?x", "/products?%zz", "/products?a;b", "/products?limit=1;limit=2", "/products?sort=id;drop", "/products?limit=1&limit=1", "/products?"+strings.Repeat("a=1&", 10_000), "/products?LIMIT=1", "/products?limit[]=1", "/products?access_token=x", "/dead-letters?name=x", "/products?limit%00=1")
 	add(422, "GET", "/products?limit=", "/products?limit=0", "/products?limit=-1", "/products?limit=1e1", "/products?limit=99999999999999999999", "/products?limit=+1", "/products?limit=%D9%A3", "/products?user_id=1'--", "/products?user_id=9223372036854775808",
 		"/products?min_price=1e999999999", "/products?max_price=-1", "/products?min_price=NaN", "/products?sort=%00", "/products?sort=product_description", "/products?cursor=%00", "/products?cursor=AAAA", "/products?cursor=bnVsbA", "/products?cursor="+strings.Repeat("A", 20_000),
 		"/products?name=%00", "/products?name=%ff", "/products?name=%ed%a0%80", "/dead-letters?limit=x", "/dead-letters?cursor=x")
@@ -208,7 +208,7 @@ func hostileBytes() []hostileRequest {
 		{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, ""},
 		{"HTTP/0.9", "GET /products\r\n\r\n", 400, ""},
 		{"HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, ""},
-		{"HTTP/3.0", "GET /healthz HTTP/3.0\r\nHost: x\r\n\r\n", 505, ""},
+		{"HTTP/3.0", "GET /healthz HTTP/3.0\r\nHost: x\r\n\r\n", 400, ""},
 		{"HTTP/1.9", "GET /healthz HTTP/1.9\r\nHost: x\r\nConnection: close\r\n\r\n", 200, ""},
 		{"no host", "GET /healthz HTTP/1.1\r\n\r\n", 400, ""},
 		{"two hosts", "GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400, ""},
@@ -237,31 +237,26 @@ func hostileBytes() []hostileRequest {
 		{"a length in hexadecimal", chunked("Content-Length: 0x31\r\n", plainProduct), 400, ""},
 		{"a length above int64", chunked("Content-Length: 9223372036854775808\r\n", plainProduct), 400, ""},
 		{"length and chunks", chunked(length+"Transfer-Encoding: chunked\r\n", chunk), 201, ""},
-		{"chunks twice", chunked("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", chunk), 501, ""},
-		{"chunks of a list", chunked("Transfer-Encoding: gzip, chunked\r\n", chunk), 501, ""},
-		{"chunks in disguise", chunked("Transfer-Encoding: xchunked\r\n", chunk), 501, ""},
+		{"chunks twice", chunked("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", chunk), 400, ""},
+		{"chunks of a list", chunked("Transfer-Encoding: gzip, chunked\r\n", chunk), 400, ""},
+		{"chunks in disguise", chunked("Transfer-Encoding: xchunked\r\n", chunk), 400, ""},
 		{"chunks behind a vertical tab", chunked("Transfer-Encoding: \x0bchunked\r\n", chunk), 400, ""},
 		{"chunks in HTTP/1.0", strings.Replace(chunked("Transfer-Encoding: chunked\r\n", chunk), "HTTP/1.1", "HTTP/1.0", 1), 400, ""},
-		{"a chunk of no size", chunked("Transfer-Encoding: chunked\r\n", "\r\n{}\r\n"), 400, "problem"},
-		{"a chunk of negative size", chunked("Transfer-Encoding: chunked\r\n", "-1\r\n{}\r\n"), 400, "problem"},
-		{"a chunk size with 0x", chunked("Transfer-Encoding: chunked\r\n", "0x2\r\n{}\r\n0\r\n\r\n"), 400, "problem"},
-		{"a chunk size above int64", chunked("Transfer-Encoding: chunked\r\n", "fffffffffffffffff\r\n{}\r\n0\r\n\r\n"), 400, "problem"},
-		{"a chunk that is too long", chunked("Transfer-Encoding: chunked\r\n", "2\r\n{}{}\r\n0\r\n\r\n"), 400, "problem"},
-		{"a chunk ended by a bare LF", chunked("Transfer-Encoding: chunked\r\n", "2\n{}\r\n0\r\n\r\n"), 400, "problem"},
-		{"a chunk extension of 1 MiB", chunked("Transfer-Encoding: chunked\r\n", "2;"+strings.Repeat("x", 1<<20)+"\r\n{}\r\n0\r\n\r\n"), 400, "problem"},
-		{"a million tiny chunks", chunked("Transfer-Encoding: chunked\r\n", strings.Repeat("1;xxxxxxxxxxxxxxxxxxx\r\n{\r\n", 60_000)+"0\r\n\r\n"), 400, "problem"},
+		{"a chunk of no size", chunked("Transfer-Encoding: chunked\r\n", "\r\n{}\r\n"), 400, ""},
+		{"a chunk of negative size", chunked("Transfer-Encoding: chunked\r\n", "-1\r\n{}\r\n"), 400, ""},
+		{"a chunk size with 0x", chunked("Transfer-Encoding: chunked\r\n", "0x2\r\n{}\r\n0\r\n\r\n"), 400, ""},
+		{"a chunk size above int64", chunked("Transfer-Encoding: chunked\r\n", "fffffffffffffffff\r\n{}\r\n0\r\n\r\n"), 400, ""},
+		{"a chunk that is too long", chunked("Transfer-Encoding: chunked\r\n", "2\r\n{}{}\r\n0\r\n\r\n"), 400, ""},
+		{"a chunk ended by a bare LF", chunked("Transfer-Encoding: chunked\r\n", "2\n{}\r\n0\r\n\r\n"), 400, ""},
+		{"a chunk extension of 1 MiB", chunked("Transfer-Encoding: chunked\r\n", "2;"+strings.Repeat("x", 1<<20)+"\r\n{}\r\n0\r\n\r\n"), 400, ""},
+		{"a million tiny chunks", chunked("Transfer-Encoding: chunked\r\n", strings.Repeat("1;xxxxxxxxxxxxxxxxxxx\r\n{\r\n", 60_000)+"0\r\n\r\n"), 400, ""},
 		{"a trailer that is a header", chunked("Transfer-Encoding: chunked\r\nTrailer: Authorization\r\n", strings.Replace(chunk, "0\r\n\r\n", "0\r\nAuthorization: x\r\n\r\n", 1)), 201, ""},
 		{"an upgrade", "GET /products/0 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n", 404, ""},
 		{"an upgrade to h2c", "GET /products/0 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n", 404, ""},
 	}
 }
 
-// ownAnswers are the statuses with which net/http itself answers what is not
-// HTTP or not HTTP/1: in plain text, closing the connection, and without
-// telling the program. They have no request id.
-var ownAnswers = []int{400, 417, 431, 501, 505}
-
-// Whatever strangers send: no 5xx of ours, every error a problem document, no
+// Whatever strangers send: no 5xx, every error a problem document, no
 // word of the inside, and others are served meanwhile.
 func TestHostileRequests(t *testing.T) {
 	t.Parallel()
@@ -283,7 +278,7 @@ func TestHostileRequests(t *testing.T) {
 	}
 	served, slowest := good()
 	t.Logf("%d hostile requests; meanwhile %d good ones were served, the slowest in %v", len(all), served, slowest)
-	if served < 10 || slowest > 2*time.Second {
+	if served < 10 || slowest > requestTimeout { // a machine may pause; a server that is held up does so for longer
 		t.Errorf("a good client had %d answers, the slowest in %v", served, slowest)
 	}
 	if log := api.log.tail(1 << 20); strings.Contains(log, `"level":"ERROR"`) || strings.Contains(log, "panic") {
@@ -328,13 +323,7 @@ func checkHostileAnswer(hostile hostileRequest, answer *http.Response, body []by
 		return fmt.Errorf("want the body %s", hostile.body)
 	}
 	id := answer.Header.Get("X-Request-Id")
-	if id == "" {
-		if !slices.Contains(ownAnswers, answer.StatusCode) || !answer.Close || hostile.body == "problem" {
-			return fmt.Errorf("no request id; headers %v", answer.Header)
-		}
-		return nil
-	}
-	if answer.Header.Get("X-Content-Type-Options") != "nosniff" || answer.Header.Get("Content-Security-Policy") == "" {
+	if id == "" || answer.Header.Get("X-Content-Type-Options") != "nosniff" || answer.Header.Get("Content-Security-Policy") == "" {
 		return fmt.Errorf("headers %v", answer.Header)
 	}
 	if answer.StatusCode < 400 {

@@ -381,7 +381,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" is refused in our own words
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- web.Serve(a.listener) }()
+	go func() { failed <- web.Serve(unparsedListener{a.listener, s}) }()
 	a.log.Info("listening", "addr", a.listener.Addr().String())
 	select {
 	case err := <-failed:
