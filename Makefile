@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench consistency compare-images fuzz docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench consistency compare-images slow-clients fuzz docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -78,6 +78,10 @@ fuzz:
 		echo "$$target for $(FUZZTIME)"; \
 		nice -n 15 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s -parallel 1 .; \
 	done
+
+## slow-clients: reads beside 500 slow clients and 500 half-open connections, compared with reads without; a minute
+slow-clients: servers tools
+	@SLOW_CLIENTS_READS=20000 go test -count=1 -run '^TestSlowClientsSlowDownNobodyElse$$' -v .
 
 ## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
 compare-images:

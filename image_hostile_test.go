@@ -10,7 +10,9 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -191,9 +193,16 @@ func manyChunks(png []byte, n int) []byte {
 	return slices.Concat(png[:33], bytes.Repeat(pngChunk("teXt", ""), n), png[33:])
 }
 
+// longestWork is more than any image may keep a worker from the others, on a
+// machine that does something else besides.
+const longestWork = 30 * time.Second
+
+// imageDuration is how long an image was in the program's hands, in its log.
+var imageDuration = regexp.MustCompile(`"msg":"image (?:ready|dead)".*"duration":([0-9.e+-]+)`)
+
 // The battery, end to end, through a program that may take 96 MiB for decoded
 // images: every one becomes what it should, the program lives, its memory stays
-// within the limit, and good images among the bad are not held up.
+// within the limit, and none keeps good images waiting for long.
 func TestHostileImages(t *testing.T) {
 	t.Parallel()
 	if _, err := os.Stat("/proc/self/status"); err != nil {
@@ -234,8 +243,19 @@ func TestHostileImages(t *testing.T) {
 			}
 		}
 	}
+	var slowest time.Duration
+	for _, line := range imageDuration.FindAllStringSubmatch(api.log.tail(1<<22), -1) {
+		seconds, err := strconv.ParseFloat(line[1], 64)
+		if err != nil {
+			t.Error(err)
+		}
+		slowest = max(slowest, time.Duration(seconds*float64(time.Second)))
+	}
+	if slowest == 0 || slowest > longestWork {
+		t.Errorf("the slowest image took %v", slowest)
+	}
 	grown := peakMemory(t, api.pid) - idle
-	t.Logf("%d images in %v: %v; the peak is %d MiB above that at rest, with %d MiB for images", len(all), time.Since(begin), fates, grown>>20, memory>>20)
+	t.Logf("%d images in %v, the slowest %v: %v; the peak is %d MiB above that at rest, with %d MiB for images", len(all), time.Since(begin), slowest, fates, grown>>20, memory>>20)
 	if grown > memory+slack {
 		t.Errorf("the peak is %d MiB above that at rest", grown>>20)
 	}

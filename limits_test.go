@@ -3,10 +3,13 @@ package main
 import (
 	"context"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -166,5 +169,91 @@ func TestAnswersHoldNoPlace(t *testing.T) {
 	rec.WriteHeader(http.StatusOK)
 	if n := l.working.taken.Load(); n != 0 {
 		t.Errorf("%d places are taken while an answer is sent", n)
+	}
+}
+
+// pipeListener is a listener whose connections are pipes.
+type pipeListener chan net.Conn
+
+func (l pipeListener) Accept() (net.Conn, error) {
+	if conn, open := <-l; open {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (l pipeListener) Close() error   { return nil }
+func (l pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// However little a client sends, its connection ends in time: 5 s for a header,
+// 30 s for a request, 2 minutes of silence between two.
+func TestSlowConnectionsAreClosed(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		send  string
+		every time.Duration // a letter more; 0: never
+		want  time.Duration
+	}{
+		"nothing":                  {"", 0, 5 * time.Second},
+		"half a header":            {"GET / HTTP/1.1\r\nHost: x\r\nX: y", 0, 5 * time.Second},
+		"a header, drop by drop":   {"GET / HTTP/1.1\r\nHost: x\r\nX: y", time.Second, 5 * time.Second},
+		"half a body":              {"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx", 0, 30 * time.Second},
+		"a body, drop by drop":     {"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx", time.Second, 30 * time.Second},
+		"silence after a request":  {"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 0, 2 * time.Minute},
+		"half of a second request": {"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT", 0, 5 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				client, end := servePipe(func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
+				defer end()
+				go func() { // ends with the connection
+					io.WriteString(client, c.send)
+					for err := error(nil); c.every > 0 && err == nil; _, err = io.WriteString(client, "x") {
+						time.Sleep(c.every) // the bubble's clock
+					}
+				}()
+				start := time.Now()
+				io.Copy(io.Discard, client)
+				if took := time.Since(start); took < c.want || took > c.want+time.Second {
+					t.Errorf("the connection ended after %v, want %v", took, c.want)
+				}
+			})
+		})
+	}
+}
+
+// A client that does not read its answer loses it after a minute.
+func TestAnswersThatNobodyReadsEnd(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		took := make(chan time.Duration, 1)
+		client, end := servePipe(func(w http.ResponseWriter, r *http.Request) {
+			start := time.Now()
+			w.Write(make([]byte, 1<<20))
+			took <- time.Since(start)
+		})
+		defer end()
+		io.WriteString(client, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		if d := <-took; d != time.Minute {
+			t.Errorf("the answer was given up after %v, want a minute", d)
+		}
+	})
+}
+
+// servePipe serves one connection as the program does, and answers the client's
+// side of it.
+func servePipe(handler http.HandlerFunc) (client net.Conn, end func()) {
+	client, conn := net.Pipe()
+	listener := make(pipeListener, 1)
+	listener <- conn
+	web := newWebServer(handler, slog.New(slog.DiscardHandler))
+	served := make(chan error)
+	go func() { served <- web.Serve(listener) }()
+	return client, func() {
+		client.Close()
+		web.Close()
+		close(listener)
+		<-served
 	}
 }

@@ -350,6 +350,21 @@ func (a *app) process(ctx, stop context.Context) error {
 	return p.Run(ctx, stop)
 }
 
+// newWebServer answers requests on connections that cannot be held for long.
+func newWebServer(handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       keepAliveTimeout,
+		MaxHeaderBytes:    maxRequestHeader,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+
+		DisableGeneralOptionsHandler: true, // "OPTIONS *" is refused in our own words
+	}
+}
+
 // serveHTTP answers requests until ctx ends, and lets those in work finish
 // within the grace period.
 func (a *app) serveHTTP(ctx context.Context) error {
@@ -369,17 +384,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	if a.media != nil {
 		s.media = a.media.serve
 	}
-	web := &http.Server{
-		Handler:           s.routes(),
-		ReadHeaderTimeout: readHeaderTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       keepAliveTimeout,
-		MaxHeaderBytes:    maxRequestHeader,
-		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelWarn),
-
-		DisableGeneralOptionsHandler: true, // "OPTIONS *" is refused in our own words
-	}
+	web := newWebServer(s.routes(), a.log)
 	failed := make(chan error, 1)
 	go func() { failed <- web.Serve(unparsedListener{a.listener, s}) }()
 	a.log.Info("listening", "addr", a.listener.Addr().String())
