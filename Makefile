@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench chaos consistency compare-images api-check deploy-check docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench chaos consistency slow-clients fuzz compare-images api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -82,6 +82,19 @@ api-check:
 deploy-check:
 	@scripts/install-apicheck.sh
 	@scripts/deploy-check.sh
+
+## fuzz: every fuzz target, FUZZTIME each (10 minutes)
+# One worker, at low priority: it may run beside other work.
+FUZZTIME ?= 10m
+fuzz:
+	@for target in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
+		echo "$$target for $(FUZZTIME)"; \
+		nice -n 15 go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s -parallel 1 .; \
+	done
+
+## slow-clients: reads beside 500 slow clients and 500 half-open connections, compared with reads without; a minute
+slow-clients: servers tools
+	@SLOW_CLIENTS_READS=20000 go test -count=1 -run '^TestSlowClientsSlowDownNobodyElse$$' -v .
 
 ## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
 compare-images:

@@ -3,9 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"time"
 )
@@ -24,38 +21,6 @@ func (s *store) AddUser(ctx context.Context, name, email string) (id int64, err 
 }
 
 var errEmailTaken = errors.New("a user with this email exists")
-
-// caller is who a token belongs to.
-type caller struct {
-	UserID int64
-	Admin  bool
-}
-
-// tokenPrefix makes a leaked token recognisable, to people and to scanners.
-const tokenPrefix = "pms_"
-
-// CreateToken makes an API token of 256 random bits. It is answered here once;
-// what is stored is its SHA-256, which suffices for so random a secret.
-func (s *store) CreateToken(ctx context.Context, of caller) (string, error) {
-	secret := make([]byte, 32)
-	rand.Read(secret) // never fails
-	token := tokenPrefix + base64.RawURLEncoding.EncodeToString(secret)
-	_, err := s.Exec(ctx, `INSERT INTO tokens (sha256, user_id, admin, created_at) VALUES ($1, $2, $3, $4)`,
-		tokenHash(token), of.UserID, of.Admin, s.now())
-	return token, wrap("create token", err)
-}
-
-func tokenHash(token string) []byte {
-	sum := sha256.Sum256([]byte(token))
-	return sum[:]
-}
-
-// TokenCaller answers whose token this is, or errNotFound.
-func (s *store) TokenCaller(ctx context.Context, token string) (caller, error) {
-	var c caller
-	err := queryRow(ctx, s, []any{&c.UserID, &c.Admin}, `SELECT user_id, admin FROM tokens WHERE sha256 = $1`, tokenHash(token))
-	return c, wrap("look up token", err)
-}
 
 // idempotencyTime is how long an Idempotency-Key is remembered.
 const idempotencyTime = 24 * time.Hour

@@ -32,21 +32,41 @@ func (s *server) authenticate(r *http.Request, access access) (*http.Request, er
 	if !s.authOn || access == noToken {
 		return r, nil
 	}
-	scheme, token, ok := strings.Cut(r.Header.Get("Authorization"), " ")
-	if !ok || !strings.EqualFold(scheme, "Bearer") {
-		return r, errNoToken
+	token, err := bearerToken(r)
+	if err != nil {
+		return r, err
 	}
-	who, err := s.tokens.caller(r.Context(), strings.TrimSpace(token), s.store.TokenCaller)
+	known, err := s.tokens.look(r.Context(), sumOf(token), s.store.TokenCaller)
 	if errors.Is(err, errNotFound) {
 		return r, errBadToken
 	}
 	if err != nil {
 		return r, err
 	}
-	if access == adminToken && !who.Admin {
+	if !known.bucket.take(s.limits.rate, time.Now()) {
+		return r, errRateOver
+	}
+	if access == adminToken && !known.Admin {
 		return r, errForbidden
 	}
-	return r.WithContext(context.WithValue(r.Context(), callerKey{}, who)), nil
+	return r.WithContext(context.WithValue(r.Context(), callerKey{}, known.caller)), nil
+}
+
+// bearerToken reads the token of a request (RFC 6750, section 2.1), in the
+// header alone: in a query it would get into logs.
+func bearerToken(r *http.Request) (string, error) {
+	lines := r.Header["Authorization"]
+	if len(lines) != 1 {
+		return "", errNoToken
+	}
+	scheme, token, ok := strings.Cut(lines[0], " ")
+	if !ok || !strings.EqualFold(scheme, "Bearer") {
+		return "", errNoToken
+	}
+	if token = strings.TrimSpace(token); !isToken(token) {
+		return "", errBadToken
+	}
+	return token, nil
 }
 
 // mayWrite says whether the caller may change products of this user.
@@ -59,31 +79,43 @@ func mayWrite(r *http.Request, user int64) error {
 }
 
 // tokenTime is how long a token that was valid counts as valid without a look
-// at the database, so that cached reads need none.
+// at the database, so that cached reads need none. A revoked token is accepted
+// that long at most.
 const tokenTime = 5 * time.Second
 
 // tokenCache remembers valid tokens for tokenTime. Only those: so it holds no
-// more entries than the database has tokens, and guessing costs it no memory.
+// more entries than there have been tokens, and guessing costs it no memory.
 type tokenCache struct {
-	known sync.Map // the token to knownCaller
+	known sync.Map // tokenKey to knownCaller
 }
 
 type knownCaller struct {
 	caller
-	until time.Time
+	sum    tokenSum
+	until  time.Time
+	bucket *rateBucket
 }
 
-func (c *tokenCache) caller(ctx context.Context, token string, look func(context.Context, string) (caller, error)) (caller, error) {
-	if known, ok := c.known.Load(token); ok && time.Now().Before(known.(knownCaller).until) {
-		return known.(knownCaller).caller, nil
+func (c *tokenCache) look(ctx context.Context, sum tokenSum, ask func(context.Context, tokenSum) (caller, error)) (knownCaller, error) {
+	found, _ := c.known.Load(sum.key())
+	known, ok := found.(knownCaller)
+	ok = ok && sum.equal(known.sum[:])
+	if ok && time.Now().Before(known.until) {
+		return known, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	who, err := look(ctx, token)
+	who, err := ask(ctx, sum)
 	if err != nil {
-		c.known.Delete(token)
-		return who, err
+		if ok && errors.Is(err, errNotFound) {
+			c.known.Delete(sum.key())
+		}
+		return knownCaller{}, err
 	}
-	c.known.Store(token, knownCaller{who, time.Now().Add(tokenTime)})
-	return who, nil
+	if !ok {
+		known = knownCaller{sum: sum, bucket: new(rateBucket)}
+	}
+	known.caller, known.until = who, time.Now().Add(tokenTime)
+	c.known.Store(sum.key(), known)
+	return known, nil
 }

@@ -243,10 +243,15 @@ func TestS3Unusable(t *testing.T) {
 	}
 }
 
-// serveFile lets the blobs answer a request.
+// serveFile lets the blobs answer a request. A refusal comes as its status,
+// without the problem document.
 func serveFile(blobs *fileBlobs, r *http.Request) (*httptest.ResponseRecorder, error) {
 	w := httptest.NewRecorder()
 	err := blobs.serve(w, r)
+	var refusal *httpError
+	if errors.As(err, &refusal) {
+		w.Code, err = refusal.status, nil
+	}
 	return w, err
 }
 
@@ -265,7 +270,7 @@ func TestFileBlobsServe(t *testing.T) {
 		"the whole":               {"GET", "", "", 200, "0123456789"},
 		"head":                    {"HEAD", "", "", 200, ""},
 		"a range":                 {"GET", "Range", "bytes=2-4", 206, "234"},
-		"a range that is not":     {"GET", "Range", "bytes=20-", 416, "invalid range: failed to overlap\n"},
+		"a range that is not":     {"GET", "Range", "bytes=20-", 416, ""},
 		"a client that has it":    {"GET", "If-None-Match", `"41-ba7816bf8f01cfea.jpg"`, 304, ""},
 		"a client with another":   {"GET", "If-None-Match", `"42-ba7816bf8f01cfea.jpg"`, 200, "0123456789"},
 		"not modified since then": {"GET", "If-Modified-Since", time.Now().Add(time.Hour).UTC().Format(http.TimeFormat), 304, ""},

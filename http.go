@@ -42,6 +42,7 @@ type server struct {
 	monitor    *monitor
 	authOn     bool
 	tokens     tokenCache
+	limits     requestLimits
 	log        *slog.Logger
 	inFlight   sync.Map      // Idempotency-Keys of requests in work
 	stopping   chan struct{} // closed when the server is to end
@@ -326,16 +327,29 @@ func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, 
 		}
 		return nil, &httpError{http.StatusUnsupportedMediaType, "Content-Type must be " + strings.Join(types, " or ")}
 	}
+	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
+		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
+		return nil, &httpError{http.StatusUnsupportedMediaType, "the body must not be compressed"}
+	}
+	if r.ContentLength > maxBody {
+		return nil, errBodyTooLarge
+	}
+	rec := w.(*recorder)
+	if err := rec.enter(&rec.limits.reading); err != nil {
+		return nil, err
+	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return nil, &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}
+		return nil, errBodyTooLarge
 	case err != nil:
 		return nil, &httpError{http.StatusBadRequest, "the body could not be read"}
 	}
-	return body, nil
+	return body, rec.enter(&rec.limits.working)
 }
+
+var errBodyTooLarge = &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}
 
 // The limits of the parameter limit.
 const (
@@ -421,6 +435,7 @@ var (
 	headerHit        = []string{"pms; hit"}
 	headerMiss       = []string{"pms; fwd=miss"}
 	headerNosniff    = []string{"nosniff"}
+	headerNoContent  = []string{"default-src 'none'; frame-ancestors 'none'"} // of an answer that is no page
 )
 
 // writeDocument answers with a product.

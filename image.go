@@ -60,7 +60,8 @@ type compressedImage struct {
 
 // readImageHeader tells what data is and what it will cost, and allocates
 // next to nothing whatever sizes the header claims. maxPixels bounds width
-// times height. Its errors are *imageError: not_an_image, too_many_pixels, corrupt_image.
+// times height. Its errors are *imageError: not_an_image, too_many_pixels,
+// too_many_scans, corrupt_image.
 func readImageHeader(data []byte, maxPixels int64) (imageHeader, error) {
 	h, err := parseHeader(data)
 	if err != nil {

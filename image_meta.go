@@ -13,7 +13,7 @@ import (
 	"golang.org/x/image/webp"
 )
 
-// readJPEGHeader reads up to the first scan.
+// readJPEGHeader reads up to the first scan, and counts the scans.
 func readJPEGHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatJPEG}
 	var frame jpegFrame
@@ -37,6 +37,9 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 	}
 	if frame.components == nil {
 		return h, permanent("corrupt_image", "jpeg without a frame header")
+	}
+	if err := frame.checkScans(data); err != nil {
+		return h, err
 	}
 	h.Width, h.Height = frame.width, frame.height
 	h.cmyk = len(frame.components) == 4
@@ -116,7 +119,7 @@ func ceilDiv(a, b int64) int64 { return (a + b - 1) / b }
 // readPNGHeader reads IHDR and, up to the end, what else matters.
 func readPNGHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatPNG}
-	alpha, depth, colorType, interlaced := false, byte(0), byte(0), false
+	alpha, depth, colorType, interlaced, profiled := false, byte(0), byte(0), false, false
 	for c := range pngChunks(data) {
 		if (c.kind == "IHDR") != (depth == 0) || c.kind == "IHDR" && (len(c.body) != 13 || c.body[8] == 0) {
 			return h, permanent("corrupt_image", "png that does not begin with its header")
@@ -130,7 +133,9 @@ func readPNGHeader(data []byte) (imageHeader, error) {
 		case "eXIf":
 			h.Orientation = exifOrientation(c.body)
 		case "iCCP":
-			h.Profile = foreignProfile(inflatePNGProfile(c.body))
+			if !profiled { // there must be one at most, and each may take long to unpack
+				h.Profile, profiled = foreignProfile(inflatePNGProfile(c.body)), true
+			}
 		}
 	}
 	if depth == 0 {

@@ -9,7 +9,10 @@ import (
 	"maps"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -58,10 +61,14 @@ func (e *badJSON) Error() string { return e.detail }
 
 // parseObject takes a JSON object apart. It is strict where encoding/json is
 // lenient and a client's mistake would go unseen: invalid UTF-8, a name that
-// stands twice (anywhere in the body), and anything behind the object are errors.
+// stands twice (anywhere in the body), half of a surrogate pair, and anything
+// behind the object are errors.
 func parseObject(body []byte) (map[string]json.RawMessage, error) {
 	if !utf8.Valid(body) {
 		return nil, &badJSON{detail: "the body is not valid UTF-8"}
+	}
+	if hasLoneSurrogate(body) {
+		return nil, &badJSON{detail: "the body has an escape that is half of a surrogate pair"}
 	}
 	if err := checkNames(body); err != nil {
 		return nil, err
@@ -87,6 +94,45 @@ func checkNames(body []byte) error {
 	return nil
 }
 
+// hasLoneSurrogate says whether a \u escape stands for half of a character
+// outside the Basic Multilingual Plane (RFC 8259, section 8.2). encoding/json
+// would put U+FFFD in its place.
+func hasLoneSurrogate(body []byte) bool {
+	for {
+		at := bytes.IndexByte(body, '\\')
+		if at < 0 {
+			return false
+		}
+		body = body[at:]
+		half, ok := escapedRune(body)
+		if !ok { // an escape of one character, or none at all, which the parser finds
+			body = body[min(2, len(body)):]
+			continue
+		}
+		body = body[escapeLength:]
+		if !utf16.IsSurrogate(half) {
+			continue
+		}
+		other, ok := escapedRune(body)
+		if !ok || utf16.DecodeRune(half, other) == unicode.ReplacementChar {
+			return true
+		}
+		body = body[escapeLength:]
+	}
+}
+
+// escapeLength is that of an escape such as \u20ac.
+const escapeLength = 6
+
+// escapedRune reads the \u escape that text begins with.
+func escapedRune(text []byte) (rune, bool) {
+	if len(text) < escapeLength || text[0] != '\\' || text[1] != 'u' {
+		return 0, false
+	}
+	code, err := strconv.ParseUint(string(text[2:escapeLength]), 16, 16)
+	return rune(code), err == nil
+}
+
 // maxDepth is far more than any body of ours has, and far less than the stack.
 const maxDepth = 32
 
@@ -110,7 +156,7 @@ func checkValue(d *json.Decoder, depth int) error {
 				return &badJSON{detail: "the body is not valid JSON: " + jsonErrorText(err)}
 			}
 			if text := name.(string); names[text] {
-				return &badJSON{detail: fmt.Sprintf("the body has the field %q twice", text)}
+				return &badJSON{detail: fmt.Sprintf("the body has the field %.*q twice", maxNameLength, text)}
 			}
 			names[name.(string)] = true
 		}
@@ -138,6 +184,10 @@ type productInput struct {
 	errors invalidInput
 }
 
+// maxUnknown is how many unknown fields are named: whoever sends more of them
+// gets no answer that is as long as the request.
+const maxUnknown = 20
+
 // readProductInput takes apart the body of a request that may set the given
 // fields and no others.
 func readProductInput(body []byte, fields ...string) (*productInput, error) {
@@ -147,8 +197,8 @@ func readProductInput(body []byte, fields ...string) (*productInput, error) {
 	}
 	var unknown []fieldError
 	for _, name := range slices.Sorted(maps.Keys(object)) {
-		if !slices.Contains(fields, name) {
-			unknown = append(unknown, fieldError{name, "is not a field that can be set here"})
+		if !slices.Contains(fields, name) && len(unknown) < maxUnknown {
+			unknown = append(unknown, fieldError{fmt.Sprintf("%.*s", maxNameLength, name), "is not a field that can be set here"})
 		}
 	}
 	if unknown != nil {

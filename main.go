@@ -69,6 +69,8 @@ func commands() []command {
 		{"worker", "", "the image pipeline alone; needs DATABASE_URL and AMQP_URL", serveCommand},
 		{"user add", "-name NAME -email EMAIL", "adds a user, prints its id", addUserCommand},
 		{"token create", "-user ID [-admin]", "creates an API token, prints it once", createTokenCommand},
+		{"token list", "", "lists the tokens with their last use", listTokensCommand},
+		{"token revoke", "ID...", "takes tokens back, within 5 seconds everywhere", revokeTokenCommand},
 		{"dead list", "[-code C] [-host H] [-user ID] [-since TIME]", "lists the dead letters, or those selected", deadListCommand},
 		{"dead show", "ID", "shows one with the history of its attempts", deadShowCommand},
 		{"dead replay", "ID... | -all | -code C -host H -user ID -since TIME  [-rate N] [-dry-run]", "queues dead letters anew: some, all, or those selected; at most N a second", deadReplayCommand},

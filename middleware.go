@@ -21,7 +21,7 @@ import (
 func (s *server) observe(mux http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		rec := &recorder{ResponseWriter: w, origin: readOrigin(r)}
+		rec := &recorder{ResponseWriter: w, origin: readOrigin(r), limits: &s.limits}
 		rec.setHeader(w.Header())
 		r = r.WithContext(context.WithValue(r.Context(), recorderKey{}, rec))
 		defer s.finish(rec, r, start)
@@ -44,6 +44,7 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 			s.renderError(rec, r, errors.New("panic"))
 		}
 	}
+	rec.leave()
 	duration := time.Since(start)
 	if rec.route == nil {
 		rec.route = unrouted
@@ -66,7 +67,7 @@ func (s *server) logRequest(rec *recorder, r *http.Request, duration time.Durati
 	attrs := [8]slog.Attr{
 		slog.String("request_id", rec.origin.RequestID),
 		slog.String("method", r.Method),
-		slog.String("path", r.URL.Path),
+		slog.String("path", loggedPath(r.URL.Path)),
 		slog.Int("status", rec.status),
 		slog.Int64("bytes", rec.bytes),
 		slog.Float64("duration", duration.Seconds()),
@@ -80,6 +81,19 @@ func (s *server) logRequest(rec *recorder, r *http.Request, duration time.Durati
 	s.log.LogAttrs(r.Context(), level, "request", attrs[:n]...)
 }
 
+// maxLoggedPath is longer than any path that leads somewhere.
+const maxLoggedPath = 256
+
+// loggedPath is a path as the log shows it: not longer than need be, and without
+// a token that a client put there by mistake.
+func loggedPath(path string) string {
+	path, _, found := strings.Cut(path[:min(len(path), maxLoggedPath)], tokenPrefix)
+	if found {
+		return path + tokenPrefix + "..."
+	}
+	return path
+}
+
 // recorder notes what a handler answers. Until a route has been found it keeps
 // the router's own plain-text errors back, for observe to render.
 type recorder struct {
@@ -90,6 +104,8 @@ type recorder struct {
 	status   int
 	bytes    int64
 	unrouted int // the status with which the router refused the request
+	limits   *requestLimits
+	place    *places // what the request has of limits
 }
 
 // setHeader sets what every response has.
@@ -97,6 +113,7 @@ func (rec *recorder) setHeader(header http.Header) {
 	rec.ids[0] = rec.origin.RequestID
 	header["X-Request-Id"] = rec.ids[:]
 	header["X-Content-Type-Options"] = headerNosniff
+	header["Content-Security-Policy"] = headerNoContent
 	if rec.origin.Traceparent != "" {
 		header["Traceparent"] = []string{rec.origin.Traceparent}
 	}
@@ -109,6 +126,9 @@ func (rec *recorder) WriteHeader(status int) {
 	}
 	if rec.status == 0 && status >= 200 {
 		rec.status = status
+	}
+	if rec.place == &rec.limits.working {
+		rec.leave() // a client that reads slowly holds up nobody else
 	}
 	rec.ResponseWriter.WriteHeader(status)
 }
@@ -139,15 +159,27 @@ func unroutedDetail(status int, r *http.Request) string {
 func (s *server) route(mux *http.ServeMux, pattern string, access access, h handler) {
 	stats := newRouteStats(pattern)
 	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-		w.(*recorder).route = stats
-		r, err := s.authenticate(r, access)
-		if err == nil {
-			err = h(w, r)
-		}
-		if err != nil {
+		rec := w.(*recorder)
+		rec.route = stats
+		if err := s.admit(rec, r, access, h); err != nil {
 			s.renderError(w, r, err)
 		}
 	})
+}
+
+// admit lets the handler answer if there is a place and the caller may. Those
+// who ask how the program is need no place: they are to learn that it is busy.
+func (s *server) admit(rec *recorder, r *http.Request, access access, h handler) error {
+	if !rec.route.quiet {
+		if err := rec.enter(&s.limits.working); err != nil {
+			return err
+		}
+	}
+	r, err := s.authenticate(r, access)
+	if err != nil {
+		return err
+	}
+	return h(rec, r)
 }
 
 // routeStats are the metrics of one route.
@@ -224,7 +256,7 @@ func isRequestID(id string) bool {
 			return false
 		}
 	}
-	return id != "" && len(id) <= 128
+	return id != "" && len(id) <= 128 && !strings.Contains(id, tokenPrefix)
 }
 
 // isPrintable says whether s has 1 to max bytes of printable ASCII.
@@ -267,8 +299,10 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 		s.log.LogAttrs(r.Context(), slog.LevelWarn, "request refused", slog.String("request_id", from.RequestID), slog.Any("err", err))
+	case http.StatusTooManyRequests:
+		w.Header().Set("Retry-After", "1")
 	case http.StatusUnauthorized:
-		w.Header().Set("WWW-Authenticate", `Bearer realm="pms"`)
+		w.Header().Set("WWW-Authenticate", challenge(err))
 	}
 	p.Type, p.Title, p.RequestID = "about:blank", http.StatusText(p.Status), from.RequestID
 	body := encodeJSON(p)
@@ -280,6 +314,14 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	}
 	w.WriteHeader(p.Status)
 	w.Write(body)
+}
+
+// challenge says what is missing (RFC 6750, section 3).
+func challenge(err error) string {
+	if errors.Is(err, errBadToken) {
+		return `Bearer realm="pms", error="invalid_token"`
+	}
+	return `Bearer realm="pms"`
 }
 
 func problemOf(err error) problem {

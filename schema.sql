@@ -12,11 +12,16 @@ CREATE TABLE users (
 );
 
 CREATE TABLE tokens (
-    sha256     bytea PRIMARY KEY, -- the token itself is shown once and never stored
-    user_id    bigint NOT NULL REFERENCES users ON DELETE CASCADE,
-    admin      boolean NOT NULL,
-    created_at timestamptz NOT NULL
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    sha256       bytea NOT NULL, -- the token itself is shown once and never stored
+    user_id      bigint NOT NULL REFERENCES users ON DELETE CASCADE,
+    admin        boolean NOT NULL,
+    created_at   timestamptz NOT NULL,
+    last_used_at timestamptz -- to the minute
 );
+
+-- Finds a token by its tokenKey; the whole is compared in constant time.
+CREATE UNIQUE INDEX tokens_key ON tokens (substr(sha256, 1, 8));
 
 -- Every change of a product or of one of its images raises version. None of the
 -- indexed columns changes with an image's result, and the free space that

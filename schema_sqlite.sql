@@ -13,11 +13,15 @@ INSERT INTO users (id, name, email, created_at)
 VALUES (1, 'demo', 'demo@example.com', strftime('%Y-%m-%d %H:%M:%f', 'now'));
 
 CREATE TABLE tokens (
-    sha256     BLOB PRIMARY KEY,
-    user_id    INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
-    admin      BOOLEAN NOT NULL,
-    created_at TIMESTAMP NOT NULL
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    sha256       BLOB NOT NULL,
+    user_id      INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
+    admin        BOOLEAN NOT NULL,
+    created_at   TIMESTAMP NOT NULL,
+    last_used_at TIMESTAMP
 );
+
+CREATE UNIQUE INDEX tokens_key ON tokens (substr(sha256, 1, 8));
 
 CREATE TABLE products (
     id                  INTEGER PRIMARY KEY AUTOINCREMENT, -- an id is never used twice

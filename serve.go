@@ -276,8 +276,9 @@ func (a *app) logStart() {
 	build.expose()
 	a.log.Info("starting", "command", a.name, "version", build.version, "store", kind(a.DatabaseURL, "postgres"), "queue", kind(a.AMQPURL, "rabbitmq"),
 		"cache", a.cacheName, "blobs", kind(a.S3Bucket, "s3"), "auth", a.Auth)
-	if !a.Auth && a.listener != nil && !isLoopback(a.listenAddr()) {
-		a.log.Warn("authentication is off: whoever reaches the address may change everything", "addr", a.listener.Addr().String())
+	if !a.Auth && a.listener != nil {
+		a.log.Warn("AUTHENTICATION IS OFF: whoever reaches the address, through a proxy too, may read and change everything",
+			"addr", a.listener.Addr().String(), "loopback", isLoopback(a.listenAddr()))
 	}
 	if a.FetchLimits.AllowPrivate {
 		a.log.Warn("images may be fetched from private addresses (IMAGE_ALLOW_PRIVATE)")
@@ -364,6 +365,21 @@ func (a *app) process(ctx, stop context.Context) error {
 	return p.Run(ctx, stop)
 }
 
+// newWebServer answers requests on connections that cannot be held for long.
+func newWebServer(handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       keepAliveTimeout,
+		MaxHeaderBytes:    maxRequestHeader,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+
+		DisableGeneralOptionsHandler: true, // "OPTIONS *" is refused in our own words
+	}
+}
+
 // serveHTTP answers requests until ctx ends, and lets those in work finish
 // within the grace period.
 func (a *app) serveHTTP(ctx context.Context) error {
@@ -381,6 +397,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		log:        a.log,
 		stopping:   make(chan struct{}),
 	}
+	s.limits.set(a.Limits)
 	if a.media != nil {
 		s.media = a.media.serve
 	}
@@ -388,17 +405,9 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	if a.name == "worker" {
 		routes = s.workerRoutes
 	}
-	web := &http.Server{
-		Handler:           routes(),
-		ReadHeaderTimeout: readHeaderTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       keepAliveTimeout,
-		MaxHeaderBytes:    maxRequestHeader,
-		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
-	}
+	web := newWebServer(routes(), a.log)
 	failed := make(chan error, 1)
-	go func() { failed <- web.Serve(a.listener) }()
+	go func() { failed <- web.Serve(unparsedListener{a.listener, s}) }()
 	a.log.Info("listening", "addr", a.listener.Addr().String())
 	select {
 	case err := <-failed:

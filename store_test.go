@@ -503,6 +503,12 @@ func TestStoreIdempotencyKeys(t *testing.T) {
 			p, err := s.CreateProduct(t.Context(), Product{UserID: user, Name: body}, origin{}, once)
 			return p, once, err
 		}
+		keys := func() (n int) {
+			if err := queryRow(t.Context(), s, []any{&n}, `SELECT count(*) FROM idempotency_keys`); err != nil {
+				t.Error(err)
+			}
+			return n
+		}
 		first, once, err := post(1, "k", "body")
 		if err != nil || once.Answer != nil {
 			t.Fatalf("first: %v, %q", err, once.Answer)
@@ -519,12 +525,26 @@ func TestStoreIdempotencyKeys(t *testing.T) {
 		if _, _, err := post(4711, "k", "body"); !errors.Is(err, errUnknownUser) {
 			t.Errorf("an unknown user: %v", err)
 		}
-		advance(s, idempotencyTime+time.Second)
+		advance(s, 24*time.Hour-time.Minute)
+		if _, once, err := post(1, "k", "body"); err != nil || once.ProductID != first.ID {
+			t.Errorf("a minute before the day is over: product %d, %v", once.ProductID, err)
+		}
 		if err := s.ForgetIdempotencyKeys(t.Context()); err != nil {
 			t.Error(err)
 		}
-		if p, once, err := post(1, "k", "body"); err != nil || once.Answer != nil || p.ID == first.ID {
+		if n := keys(); n != 2 {
+			t.Errorf("%d keys are remembered, want 2", n)
+		}
+		advance(s, time.Minute+time.Second)
+		if p, once, err := post(1, "k", "another"); err != nil || once.Answer != nil || p.ID == first.ID {
 			t.Errorf("after a day: %v, %v", p, err)
+		}
+		advance(s, 24*time.Hour)
+		if err := s.ForgetIdempotencyKeys(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if n := keys(); n != 0 {
+			t.Errorf("%d keys are remembered after a day", n)
 		}
 	})
 }
@@ -561,10 +581,10 @@ func TestStoreTokens(t *testing.T) {
 		if err != nil || !strings.HasPrefix(token, tokenPrefix) || len(token) != len(tokenPrefix)+43 {
 			t.Fatalf("token %q, %v", token, err)
 		}
-		if who, err := s.TokenCaller(t.Context(), token); err != nil || who != (caller{1, true}) {
+		if who, err := s.TokenCaller(t.Context(), sumOf(token)); err != nil || who != (caller{1, true}) {
 			t.Errorf("its caller: %v, %v", who, err)
 		}
-		if _, err := s.TokenCaller(t.Context(), token+"x"); !errors.Is(err, errNotFound) {
+		if _, err := s.TokenCaller(t.Context(), sumOf(token+"x")); !errors.Is(err, errNotFound) {
 			t.Errorf("a wrong token: %v", err)
 		}
 		if _, err := s.CreateToken(t.Context(), caller{UserID: 4711}); !errors.Is(err, errUnknownUser) {

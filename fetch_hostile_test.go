@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+)
+
+// carriers are the forms in which an IPv6 address carries an IPv4 address, with
+// where each is written down.
+func carriers(inner netip.Addr) map[string]netip.Addr {
+	v4 := inner.As4()
+	n := binary.BigEndian.Uint32(v4[:])
+	high, low := n>>16, n&0xffff
+	form := func(format string, parts ...any) netip.Addr {
+		return netip.MustParseAddr(fmt.Sprintf(format, parts...))
+	}
+	all := map[string]netip.Addr{
+		"mapped (RFC 4291, 2.5.5.2)":                  form("::ffff:%x:%x", high, low),
+		"compatible (RFC 4291, 2.5.5.1)":              form("::%x:%x", high, low),
+		"translated (RFC 2765)":                       form("::ffff:0:%x:%x", high, low),
+		"6to4 (RFC 3056)":                             form("2002:%x:%x::1", high, low),
+		"6to4, the relay's own interface":             form("2002:%x:%x::%x:%x", high, low, high, low),
+		"Teredo, as server (RFC 4380)":                form("2001:0:%x:%x:8000:ffff:f7f7:f7f7", high, low),
+		"Teredo, as client":                           form("2001:0:808:808:8000:ffff:%x:%x", ^high&0xffff, ^low&0xffff),
+		"NAT64, well-known prefix (RFC 6052)":         form("64:ff9b::%x:%x", high, low),
+		"ISATAP, global (RFC 5214)":                   form("2a00:1450:4001::5efe:%x:%x", high, low),
+		"ISATAP, global, universal bit":               form("2a00:1450:4001::200:5efe:%x:%x", high, low),
+		"ISATAP, link-local":                          form("fe80::5efe:%x:%x", high, low),
+		"ISATAP, unique local":                        form("fd00::5efe:%x:%x", high, low),
+		"ISATAP under 6to4":                           form("2002:808:808::5efe:%x:%x", high, low),
+		"mapped, in the local NAT64 prefix":           form("64:ff9b:1::ffff:%x:%x", high, low),
+		"NAT64, local prefix of 96 bits (RFC 8215)":   form("64:ff9b:1::%x:%x", high, low),
+		"NAT64, local prefix, other subnet":           form("64:ff9b:1:fffe::%x:%x", high, low),
+		"compatible, with the bits in front switched": form("0:0:0:0:0:0:%x:%x", high, low),
+	}
+	// RFC 6052, section 2.2: the address within prefixes of 48, 56 and 64 bits,
+	// around an octet of zero.
+	for _, bits := range []int{48, 56, 64} {
+		b := netip.MustParseAddr("64:ff9b:1::").As16()
+		at := bits / 8
+		for _, octet := range v4 {
+			if at == 8 {
+				at++
+			}
+			b[at] = octet
+			at++
+		}
+		all[fmt.Sprintf("NAT64, local prefix of %d bits", bits)] = netip.AddrFrom16(b)
+	}
+	return all
+}
+
+// No form of IPv6 leads to an IPv4 address that is refused itself.
+func TestNoCarrierLeadsToAForbiddenAddress(t *testing.T) {
+	t.Parallel()
+	for _, inner := range []string{"127.0.0.1", "127.255.255.254", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "192.0.0.192", "168.63.129.16", "198.18.0.1", "224.0.0.1", "255.255.255.255"} {
+		for form, addr := range carriers(netip.MustParseAddr(inner)) {
+			if refuseAddress(addr, false) == "" {
+				t.Errorf("%s as %s, %v, is let through", inner, form, addr)
+			}
+			if err := testLimits.checkDial(netip.AddrPortFrom(addr, 80).String()); errorCode(err) != "forbidden_address" {
+				t.Errorf("dialling %s as %s: %v", inner, form, err)
+			}
+		}
+	}
+}
+
+// turning is a name server whose answer is another each time: public first, then
+// the canary.
+type turning struct{ asked atomic.Int32 }
+
+func (d *turning) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	answers := names{"turning.test": {"127.0.0.1"}}
+	if d.asked.Add(1) <= 2 { // one for A, one for AAAA
+		answers = names{"turning.test": {"8.8.8.8"}}
+	}
+	return answers.dial(ctx, network, address)
+}
+
+// A name may be public when it is looked up first and the canary's at every time
+// after that, within one download: what a redirect leads to is judged anew.
+func TestFetchOfANameThatTurnsBetweenRedirects(t *testing.T) {
+	t.Parallel()
+	port := canary(t)
+	f := testFetcher(t, testLimits, nil)
+	dns := new(turning)
+	f.dialer.Resolver = &net.Resolver{PreferGo: true, Dial: dns.dial}
+	imageHost(t, f, func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "http://turning.test:"+port+"/", http.StatusFound)
+	})
+	data, err := f.Fetch(t.Context(), "http://example.com/")
+	wantFailure(t, data, err, "forbidden_port", true) // the first answer was public
+	for range 3 {
+		data, err = f.Fetch(t.Context(), "http://example.com/")
+		wantFailure(t, data, err, "forbidden_address", true)
+	}
+	if n := dns.asked.Load(); n < 4 {
+		t.Errorf("the name server was asked %d times", n)
+	}
+}
+
+// needsNames tells the URLs that a name server is asked about: those are for the
+// tests that have one of their own.
+var needsNames = regexp.MustCompile(`(?i)\.test|localhost|[^ -~]`)
+
+// The battery, end to end: what clients see of a forbidden address is its code,
+// after one attempt, and nothing is sent.
+func TestHostileOriginsEndToEnd(t *testing.T) {
+	t.Parallel()
+	port := canary(t)
+	var targets []string
+	for _, code := range []string{"forbidden_address", "forbidden_port"} {
+		for _, target := range hostileURLs[code] {
+			if !needsNames.MatchString(target) {
+				targets = append(targets, strings.ReplaceAll(target, "PORT", port))
+			}
+		}
+	}
+	for _, inner := range []string{"127.0.0.1", "169.254.169.254"} {
+		for _, addr := range carriers(netip.MustParseAddr(inner)) {
+			targets = append(targets, fmt.Sprintf("http://[%v]:%s/", addr, port))
+		}
+	}
+	if len(targets) < 60 {
+		t.Errorf("%d targets", len(targets))
+	}
+	api := start(t, environment(map[string]string{"DATA_DIR": t.TempDir(), "IMAGE_ALLOW_PRIVATE": "false", "RETRY_BASE": "5m"}))
+	for batch := range slices.Chunk(targets, maxImages) {
+		p := api.settled(t, api.post(t, batch...).ID)
+		for _, image := range p.Images {
+			if image.Status != "failed" || image.Attempts != 1 || image.Error == nil || image.Error.Code != "forbidden_address" && image.Error.Code != "forbidden_port" {
+				t.Errorf("%s: %s after %d attempts, %+v", image.Source, image.Status, image.Attempts, image.Error)
+			} else if image.Error.Code == "forbidden_port" && !strings.Contains(image.Source, "8.8.8.8") && !strings.Contains(image.Source, "2606:4700") {
+				t.Errorf("%s was refused by its port alone", image.Source)
+			}
+		}
+	}
+}

@@ -1,0 +1,319 @@
+package main
+
+import (
+	"bytes"
+	"compress/zlib"
+	"fmt"
+	"image"
+	"image/color"
+	"image/gif"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// hostileImage is a file and what must become of it: "ready", an error's code,
+// or "any" for what chance has made, which may become either.
+type hostileImage struct {
+	name string
+	data []byte
+	want string
+}
+
+// imageCodes are the codes with which an image's bytes can fail.
+var imageCodes = []string{"not_an_image", "corrupt_image", "too_many_pixels", "too_many_scans", "too_much_memory"}
+
+// fateOf answers what the standard library makes of a small file.
+func fateOf(data []byte) string {
+	if sniffFormat(data) == "" {
+		return "not_an_image"
+	}
+	if _, _, err := image.Decode(bytes.NewReader(data)); err != nil {
+		return "corrupt_image"
+	}
+	return "ready"
+}
+
+// sampleImages are those of Go and of golang.org/x/image, good and bad.
+func sampleImages(t *testing.T) (all []hostileImage) {
+	t.Helper()
+	goImages := filepath.Join(goOutput(t, "env", "GOROOT"), "src", "image")
+	x := goOutput(t, "list", "-m", "-f", "{{.Dir}}", "golang.org/x/image")
+	for _, pattern := range []string{
+		filepath.Join(goImages, "testdata", "*"), filepath.Join(goImages, "png", "testdata", "*.png"), filepath.Join(goImages, "png", "testdata", "pngsuite", "*.png"),
+		filepath.Join(x, "testdata", "*.webp*"), filepath.Join(x, "testdata", "*.bmp"), filepath.Join(x, "testdata", "*.tiff"),
+	} {
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names {
+			data := readTestFile(t, name)
+			all = append(all, hostileImage{filepath.Base(name), data, fateOf(data)})
+		}
+	}
+	return all
+}
+
+// spoiltPhotos are real photographs, cut off and with bits turned.
+func spoiltPhotos(t *testing.T) (all []hostileImage) {
+	t.Helper()
+	photos := map[string][]byte{"photo": encodedJPEG(t, photo(1600, 1200), 90), "webp": webpTestdata(t, "yellow_rose.lossy-with-alpha.webp"), "png": goTestdata(t, "testdata/video-001.png")}
+	if data, err := os.ReadFile(".cache/photos/Fossa_by_Jasper_Roks.jpg"); err == nil {
+		photos["Fossa"] = data
+	}
+	random := rand.New(rand.NewPCG(5, 6))
+	for name, data := range photos {
+		all = append(all, hostileImage{name, data, "ready"})
+		for _, percent := range []int{0, 1, 25, 50, 75, 99} {
+			cut := data[:max(1, len(data)*percent/100)]
+			all = append(all, hostileImage{fmt.Sprintf("%s, %d%% of it", name, percent), cut, fateOf(cut)})
+		}
+		for n := range 6 {
+			flipped := bytes.Clone(data)
+			for range 1 + n*n {
+				flipped[random.IntN(len(flipped))] ^= 1 << random.IntN(8)
+			}
+			all = append(all, hostileImage{fmt.Sprintf("%s, %d bits turned", name, 1+n*n), flipped, "any"})
+		}
+	}
+	return all
+}
+
+// manyScans makes a progressive grey JPEG of side × side pixels: a first scan,
+// and then some of a few bytes each, for which the decoder goes over all blocks.
+func manyScans(side, scans int) []byte {
+	blocks := ((side + 7) / 8) * ((side + 7) / 8)
+	out := []byte("\xff\xd8")
+	out = append(out, "\xff\xdb\x00\x43\x00"...)
+	out = append(out, bytes.Repeat([]byte{1}, 64)...)
+	out = append(out, 0xff, 0xc2, 0, 11, 8, byte(side>>8), byte(side), byte(side>>8), byte(side), 1, 1, 0x11, 0)
+	oneCode := "\x01" + strings.Repeat("\x00", 15) // one code, of one bit
+	out = append(out, "\xff\xc4\x00\x14\x00"+oneCode+"\x00"...)
+	out = append(out, "\xff\xc4\x00\x14\x10"+oneCode+"\xe0"...) // a run of 16,384 blocks without coefficients, and 14 more bits
+	out = append(out, "\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00"...)
+	out = append(out, make([]byte, blocks/8+1)...)
+	for range scans - 1 {
+		out = append(out, "\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x10"...) // refines all coefficients
+		out = append(out, make([]byte, (blocks/16384+1)*15/8+1)...)
+	}
+	return append(out, "\xff\xd9"...)
+}
+
+// manyFrames makes a GIF of small frames.
+func manyFrames(t *testing.T, n int) []byte {
+	t.Helper()
+	frame := image.NewPaletted(image.Rect(0, 0, 16, 16), color.Palette{color.Black, color.White})
+	var out bytes.Buffer
+	err := gif.EncodeAll(&out, &gif.GIF{Image: slices.Repeat([]*image.Paletted{frame}, n), Delay: make([]int, n)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// bombs are small files that promise to be large, or take long.
+func bombs(t *testing.T) []hostileImage {
+	t.Helper()
+	small := encodedPNG(t, image.NewNRGBA(image.Rect(0, 0, 8, 8)))
+	baseline := encodedJPEG(t, photo(64, 64), 80)
+	scan := baseline[bytes.Index(baseline, []byte("\xff\xda")) : len(baseline)-2]
+	deep := image.NewNRGBA64(image.Rect(0, 0, 300, 200))
+	for i := range deep.Pix {
+		deep.Pix[i] = uint8(i * i)
+	}
+	lossless := []byte{0x2f, 0xff, 0xff, 0xff, 0x0f, 0, 0, 0} // 16384 × 16384
+	return []hostileImage{
+		{"nothing", nil, "empty_body"},
+		{"one byte", []byte{0xff}, "not_an_image"},
+		{"a page", []byte("<!doctype html><p>not found"), "not_an_image"},
+		{"SVG", []byte(`<svg xmlns="http://www.w3.org/2000/svg"/>`), "not_an_image"},
+		{"a PDF", []byte("%PDF-1.7\n"), "not_an_image"},
+		{"AVIF", []byte("\x00\x00\x00\x1cftypavif\x00\x00\x00\x00avifmif1miaf"), "not_an_image"},
+		{"a script behind a GIF's signature", []byte("GIF89a/*<script>*/=1;"), "corrupt_image"},
+		{"JPEG of 65535²", jpegHeaderOf(0xc0, 65535, 65535), "too_many_pixels"},
+		{"progressive JPEG of 65535²", jpegHeaderOf(0xc2, 65535, 65535), "too_many_pixels"},
+		{"PNG of 65535²", pngHeaderOf(65535, 65535), "too_many_pixels"},
+		{"PNG of 2³¹-1", pngHeaderOf(1<<31-1, 1<<31-1), "too_many_pixels"},
+		{"PNG with a side of 2³²-1", pngHeaderOf(1<<32-1, 1), "too_many_pixels"},
+		{"GIF of 65535²", []byte("GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x01\x00\x00;"), "too_many_pixels"},
+		{"WebP of 16384²", finishWebP(appendRIFF(newWebP(), "VP8L", lossless)), "too_many_pixels"},
+		{"PNG of 5200², all there", encodedPNG(t, image.NewNRGBA(image.Rect(0, 0, 5200, 5200))), "too_much_memory"},
+		{"PNG of 5000², no data", pngHeaderOf(5000, 5000), "too_much_memory"},
+		{"progressive JPEG of 7000²", jpegHeaderOf(0xc2, 7000, 7000), "too_much_memory"},
+		{"GIF with a small canvas and a large frame", []byte("GIF89a\x08\x00\x08\x00\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x01\x00\x00;"), "corrupt_image"},
+		{"100 scans", manyScans(2000, maxProgressiveScans), "ready"},
+		{"101 scans", manyScans(2000, maxProgressiveScans+1), "too_many_scans"},
+		{"1,000 scans", manyScans(2000, 1000), "too_many_scans"},
+		{"25 scans of 16 megapixels", manyScans(4000, 25), "ready"},
+		{"26 scans of 16 megapixels", manyScans(4000, 26), "too_many_scans"},
+		{"20,000 scans", manyScans(2000, 20_000), "too_many_scans"},
+		{"a sequential JPEG of 1,000 scans", slices.Concat(baseline[:len(baseline)-2], bytes.Repeat(scan, 1000), []byte("\xff\xd9")), "too_many_scans"},
+		{"10,000 frames", manyFrames(t, 10_000), "ready"},
+		{"16 bits", encodedPNG(t, deep), "ready"},
+		{"one pixel", encodedPNG(t, image.NewGray(image.Rect(0, 0, 1, 1))), "ready"},
+		{"20,000 pixels wide, one high", encodedPNG(t, image.NewGray(image.Rect(0, 0, 20_000, 1))), "ready"},
+		{"a profile of 64 MiB, zipped", withPNGChunk(small, "iCCP", profileBomb(t, 64<<20)), "ready"},
+		{"500 profiles", manyProfiles(t, small, 500), "ready"},
+		{"a million chunks", manyChunks(small, 1_000_000), "ready"},
+		{"EXIF that points nowhere", withJPEGSegment(baseline, 0xe1, exifName+"II*\x00\xff\xff\xff\xff"), "ready"},
+		{"EXIF with 65,535 entries", withJPEGSegment(baseline, 0xe1, exifName+"II*\x00\x08\x00\x00\x00\xff\xff"+strings.Repeat("x", 60_000)), "ready"},
+		{"a JPEG behind a JPEG", slices.Concat(baseline, baseline), "ready"},
+		{"a JPEG and a page", slices.Concat(baseline, []byte("<script>alert(1)</script>")), "ready"},
+		{"a frame header twice", append(slices.Clone(jpegHeaderOf(0xc0, 8, 8)[:21]), jpegHeaderOf(0xc0, 800, 800)[2:]...), "corrupt_image"},
+	}
+}
+
+// profileBomb is the body of an iCCP chunk that unpacks to size bytes.
+func profileBomb(t *testing.T, size int) string {
+	t.Helper()
+	var body bytes.Buffer
+	body.WriteString("x\x00\x00")
+	packer := zlib.NewWriter(&body)
+	for zeros := make([]byte, 1<<20); size > 0; size -= len(zeros) {
+		packer.Write(zeros)
+	}
+	packer.Close()
+	return body.String()
+}
+
+func manyProfiles(t *testing.T, png []byte, n int) []byte {
+	t.Helper()
+	chunk := pngChunk("iCCP", profileBomb(t, maxProfileBytes))
+	return slices.Concat(png[:33], bytes.Repeat(chunk, n), png[33:])
+}
+
+func manyChunks(png []byte, n int) []byte {
+	return slices.Concat(png[:33], bytes.Repeat(pngChunk("teXt", ""), n), png[33:])
+}
+
+// longestWork is more than any image may keep a worker from the others, on a
+// machine that does something else besides.
+const longestWork = 30 * time.Second
+
+// imageDuration is how long an image was in the program's hands, in its log.
+var imageDuration = regexp.MustCompile(`"msg":"image (?:ready|dead)".*"duration":([0-9.e+-]+)`)
+
+// The battery, end to end, through a program that may take 96 MiB for decoded
+// images: every one becomes what it should, the program lives, its memory stays
+// within the limit, and none keeps good images waiting for long.
+func TestHostileImages(t *testing.T) {
+	t.Parallel()
+	if _, err := os.Stat("/proc/self/status"); err != nil {
+		t.Skip("needs /proc")
+	}
+	all := slices.Concat(sampleImages(t), spoiltPhotos(t), bombs(t))
+	if len(all) < 80 {
+		t.Errorf("%d images", len(all))
+	}
+	const memory, slack = 96 << 20, 96 << 20 // sources on their way, and what the collector has not taken yet
+	photos := newPhotoServer(t)
+	api := startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir(), "IMAGE_MEMORY": fmt.Sprint(memory), "IMAGE_WORKERS": "2"}))
+	api.settled(t, api.post(t, photos.serve("/first", encodedJPEG(t, photo(64, 64), 80))).ID)
+	idle := peakMemory(t, api.pid)
+	begin := time.Now()
+	var products []shown
+	for batch := range slices.Chunk(all, maxImages) {
+		var sources []string
+		for n, hostile := range batch {
+			sources = append(sources, photos.serve(fmt.Sprintf("/%d/%d", len(products), n), nonNil(hostile.data)))
+		}
+		products = append(products, api.post(t, sources...))
+	}
+	fates := make(map[string]int)
+	for n, p := range products {
+		for m, got := range api.settled(t, p.ID).Images {
+			hostile := all[n*maxImages+m]
+			fate := got.Status
+			if got.Error != nil {
+				fate = got.Error.Code
+			}
+			fates[fate]++
+			if fate != hostile.want && (hostile.want != "any" || fate != "ready" && !slices.Contains(imageCodes, fate)) {
+				t.Errorf("%s: %s %v, want %s", hostile.name, fate, got.Error, hostile.want)
+			}
+			if got.Attempts > 1 {
+				t.Errorf("%s was tried %d times", hostile.name, got.Attempts)
+			}
+		}
+	}
+	var slowest time.Duration
+	for _, line := range imageDuration.FindAllStringSubmatch(api.log.tail(1<<22), -1) {
+		seconds, err := strconv.ParseFloat(line[1], 64)
+		if err != nil {
+			t.Error(err)
+		}
+		slowest = max(slowest, time.Duration(seconds*float64(time.Second)))
+	}
+	if slowest == 0 || slowest > longestWork {
+		t.Errorf("the slowest image took %v", slowest)
+	}
+	grown := peakMemory(t, api.pid) - idle
+	t.Logf("%d images in %v, the slowest %v: %v; the peak is %d MiB above that at rest, with %d MiB for images", len(all), time.Since(begin), slowest, fates, grown>>20, memory>>20)
+	if grown > memory+slack {
+		t.Errorf("the peak is %d MiB above that at rest", grown>>20)
+	}
+}
+
+func nonNil(data []byte) []byte {
+	if data == nil {
+		return []byte{} // nil is a photo that is not there
+	}
+	return data
+}
+
+// One worker reads all headers, so one that takes long holds up every image.
+func TestHeadersAreReadQuickly(t *testing.T) {
+	t.Parallel()
+	const size = 8 << 20
+	small := encodedPNG(t, image.NewNRGBA(image.Rect(0, 0, 8, 8)))
+	baseline := encodedJPEG(t, photo(64, 64), 80)
+	profile := pngChunk("iCCP", profileBomb(t, maxProfileBytes))
+	webp := webpTestdata(t, "video-001.lossy.webp")
+	for name, data := range map[string][]byte{
+		"PNG of empty chunks":      manyChunks(small, size/12),
+		"PNG of zipped profiles":   slices.Concat(small[:33], bytes.Repeat(profile, size/len(profile)), small[33:]),
+		"JPEG of empty segments":   slices.Concat(baseline[:2], bytes.Repeat([]byte("\xff\xe5\x00\x02"), size/4), baseline[2:]),
+		"JPEG of stuffing":         slices.Concat(baseline[:2], bytes.Repeat([]byte("\xff\x00"), size/2), baseline[2:]),
+		"JPEG of fill bytes":       slices.Concat(baseline[:2], bytes.Repeat([]byte("\xff"), size), baseline[2:]),
+		"JPEG of end markers":      slices.Concat(baseline, bytes.Repeat([]byte("\xff\xd8\xff\xd9"), size/4)),
+		"JPEG with one long scan":  slices.Concat(baseline[:len(baseline)-2], bytes.Repeat([]byte("\xff\x00"), size/2)),
+		"JPEG of restart markers":  slices.Concat(baseline[:len(baseline)-2], bytes.Repeat([]byte("\xff\xd0"), size/2)),
+		"GIF of empty extensions":  slices.Concat([]byte("GIF89a\x01\x00\x01\x00\x00\x00\x00"), bytes.Repeat([]byte("!\xfe\x00"), size/3)),
+		"GIF of blocks of a byte":  slices.Concat([]byte("GIF89a\x01\x00\x01\x00\x00\x00\x00!\xfe"), bytes.Repeat([]byte("\x01x"), size/2)),
+		"WebP of empty chunks":     finishWebP(slices.Concat(bytes.Clone(webp), bytes.Repeat([]byte("XXXX\x00\x00\x00\x00"), size/8))),
+		"EXIF in 500 JPEG headers": slices.Concat(baseline[:2], bytes.Repeat(withJPEGSegment([]byte("\xff\xd8"), 0xe1, exifName+"II*\x00\x08\x00\x00\x00\xff\xff"+strings.Repeat("\x00", 65_000))[2:], 500), baseline[2:]),
+	} {
+		t.Run(name, func(t *testing.T) {
+			begin := time.Now()
+			_, err := readImageHeader(data, testPixels)
+			if took := time.Since(begin); took > 10*time.Second { // with the race detector, on a busy machine
+				t.Errorf("took %v, and said %v", took, err)
+			} else {
+				t.Logf("%v", took)
+			}
+		})
+	}
+}
+
+func TestMostScans(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		frame jpegFrame
+		want  int
+	}{
+		{jpegFrame{width: 100, height: 100}, 4}, {jpegFrame{width: 100, height: 100, progressive: true}, 100}, {jpegFrame{progressive: true}, 100},
+		{jpegFrame{width: 2000, height: 2000, progressive: true}, 100}, {jpegFrame{width: 4000, height: 4000, progressive: true}, 25},
+		{jpegFrame{width: 7000, height: 7000, progressive: true}, 20}, {jpegFrame{width: 65535, height: 65535, progressive: true}, 20},
+	} {
+		if got := c.frame.maxScans(); got != c.want {
+			t.Errorf("%d×%d, progressive %v: %d scans, want %d", c.frame.width, c.frame.height, c.frame.progressive, got, c.want)
+		}
+	}
+}
