@@ -428,14 +428,16 @@ func (r *consistencyRun) slowest(hurt bool) (longest time.Duration) {
 	return longest
 }
 
-// checkLogs wants one line when Redis goes away and one when it is back. A pause
-// of the whole machine may look like one outage more.
+// checkLogs wants one line when Redis goes away and one when it is back. On a busy
+// machine a slow answer may look like an outage too. But each takes redisPause at
+// the least, while a line for each request that fails would be thousands.
 func (r *consistencyRun) checkLogs(t *testing.T) {
 	t.Helper()
+	most := int(time.Since(r.began)/redisPause) + 1
 	for n, api := range r.apis {
 		log := api.log.tail(1 << 30)
 		away, back := strings.Count(log, `"cache unavailable"`), strings.Count(log, `"cache back"`)
-		if away != back || away > 2*len(r.spans) {
+		if away != back || away > most {
 			t.Errorf("instance %d logged %d times that Redis was away and %d times that it was back, in %d outages", n, away, back, len(r.spans))
 		}
 	}

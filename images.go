@@ -236,7 +236,7 @@ func (s *store) settle(ctx context.Context, productID int64, apply func(tx queri
 
 // deletingTime is how long the deletion of an object may take before another
 // instance tries it.
-const deletingTime = time.Minute
+const deletingTime = 15 * time.Second
 
 // garbageRetry is the wait before an object that storage did not delete is tried
 // again.

@@ -9,7 +9,7 @@ import (
 
 const (
 	garbageInterval = 15 * time.Second
-	garbageBatch    = 20
+	garbageBatch    = 5
 	// removeTimeout is for the deletion of one object; garbageBatch of them must
 	// end before another instance may try the same, see deletingTime.
 	removeTimeout = deletingTime / garbageBatch
