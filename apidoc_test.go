@@ -166,7 +166,7 @@ func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) err
 
 // everywhere are headers of every answer, of which the document tells in its
 // description or which say nothing about the service.
-var everywhere = []string{"Connection", "Content-Length", "Content-Type", "Date", "Traceparent", "Transfer-Encoding", "X-Content-Type-Options"}
+var everywhere = []string{"Connection", "Content-Length", "Content-Security-Policy", "Content-Type", "Date", "Traceparent", "Transfer-Encoding", "X-Content-Type-Options"}
 
 func checkHeaders(documented openapi3.Headers, got http.Header) error {
 	unknown := maps.Clone(got)

@@ -74,6 +74,23 @@ func TestNoCarrierLeadsToAForbiddenAddress(t *testing.T) {
 	}
 }
 
+func TestPortsThatAreDialled(t *testing.T) {
+	t.Parallel()
+	private := testLimits
+	private.AllowPrivate = true
+	for address, code := range map[string]string{
+		"8.8.8.8:80": "", "8.8.8.8:443": "", "[2606:4700::1111]:443": "", "8.8.8.8:0": "forbidden_port", "8.8.8.8:22": "forbidden_port", "8.8.8.8:79": "forbidden_port", "8.8.8.8:8080": "forbidden_port",
+		"8.8.8.8:65535": "forbidden_port", "[2606:4700::1111]:25": "forbidden_port", "127.0.0.1:22": "forbidden_address", "": "forbidden_address", "8.8.8.8": "forbidden_address", "example.com:80": "forbidden_address",
+	} {
+		if err := testLimits.checkDial(address); err == nil && code != "" || err != nil && errorCode(err) != code {
+			t.Errorf("%s: %v, want %q", address, err, code)
+		}
+	}
+	if err := private.checkDial("8.8.8.8:8080"); err != nil {
+		t.Errorf("with AllowPrivate: %v", err)
+	}
+}
+
 // turning is a name server whose answer is another each time: public first, then
 // the canary.
 type turning struct{ asked atomic.Int32 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -46,6 +47,34 @@ func TestIdempotencyKeyOnTwoProcesses(t *testing.T) {
 	apis[0].call(t, "GET", "/products", nil, &page)
 	if len(page.Items) != rounds {
 		t.Errorf("%d products of %d keys", len(page.Items), rounds)
+	}
+}
+
+// While a request is in work, another with its key is refused; one with the same
+// key for another user is not, nor one afterwards.
+func TestIdempotencyKeyInFlight(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	user := addUser(t, a.store)
+	working, release := make(chan struct{}), make(chan struct{})
+	a.wake = func() { working <- struct{}{}; <-release }
+	var first sync.WaitGroup
+	first.Go(func() {
+		if got := a.do(t, "POST", "/products", shoe, "Idempotency-Key", "k"); got.Code != http.StatusCreated {
+			t.Errorf("the request in work: %d %s", got.Code, got.Body)
+		}
+	})
+	<-working
+	a.do(t, "POST", "/products", shoe, "Idempotency-Key", "k").wantProblem(t, 409)
+	a.wake = func() {}
+	theirs := strings.Replace(shoe, `"user_id":1`, fmt.Sprintf(`"user_id":%d`, user), 1)
+	if got := a.do(t, "POST", "/products", theirs, "Idempotency-Key", "k"); got.Code != http.StatusCreated {
+		t.Errorf("another user's: %d %s", got.Code, got.Body)
+	}
+	close(release)
+	first.Wait()
+	if got := a.do(t, "POST", "/products", shoe, "Idempotency-Key", "k"); got.Code != http.StatusCreated || got.Header().Get("Location") != "/products/1" {
+		t.Errorf("afterwards: %d %v", got.Code, got.Header())
 	}
 }
 

@@ -261,6 +261,22 @@ func TestHostileImages(t *testing.T) {
 	}
 }
 
+// What would take more than all of IMAGE_MEMORY is refused before it is decoded,
+// and what fits goes on.
+func TestImageThatMemoryCannotHold(t *testing.T) {
+	t.Parallel()
+	photos := newPhotoServer(t)
+	api := start(t, environment(map[string]string{"DATA_DIR": t.TempDir(), "IMAGE_MEMORY": "8MiB"}))
+	large, small := photos.serve("/large", pngHeaderOf(2000, 2000)), photos.serve("/small", encodedJPEG(t, photo(64, 64), 80))
+	images := api.settled(t, api.post(t, large, small).ID).Images
+	if e := images[0].Error; e == nil || e.Code != "too_much_memory" {
+		t.Errorf("the large image: %s, %+v", images[0].Status, e)
+	}
+	if images[1].Status != "ready" {
+		t.Errorf("the small image: %s, %+v", images[1].Status, images[1].Error)
+	}
+}
+
 func nonNil(data []byte) []byte {
 	if data == nil {
 		return []byte{} // nil is a photo that is not there

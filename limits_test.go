@@ -182,7 +182,7 @@ func (l pipeListener) Accept() (net.Conn, error) {
 	return nil, net.ErrClosed
 }
 
-func (l pipeListener) Close() error   { return nil }
+func (l pipeListener) Close() error   { close(l); return nil }
 func (l pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
 
 // However little a client sends, its connection ends in time: 5 s for a header,
@@ -252,8 +252,7 @@ func servePipe(handler http.HandlerFunc) (client net.Conn, end func()) {
 	go func() { served <- web.Serve(listener) }()
 	return client, func() {
 		client.Close()
-		web.Close()
-		close(listener)
+		web.Close() // the listener too
 		<-served
 	}
 }
