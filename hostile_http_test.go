@@ -125,7 +125,7 @@ func hostileTargets() (all []hostileRequest) {
 	}
 	add(404, "GET", "/products/0", "/products/-1", "/products/+1", "/products/01", "/products/1.0", "/products/0x1", "/products/1e0", "/products/%31%30%30%30%30", "/products/1%00", "/products/1%20",
 		"/products/9223372036854775808", "/products/"+strings.Repeat("9", 10_000), "/products/1'%20OR%20'1'='1", "/products/%F0%9F%98%80", "/products/%ff", "/products/1;x=y", "/products/%2e%2e",
-		"/products/1%2fevents", "/Products/1", "/PRODUCTS", "/products/1/", "/products/1/events/x", "/.env", "/data/pms.db", "/%2e%2e/%2e%2e/etc/passwd", "/debug/vars", "/?x=y&x=%zz")
+		"/products/1%2fevents", "/Products/1", "/PRODUCTS", "/products/1/", "/products/1/events/x", "/.env", "/data/pms.db", "/%2e%2e/%2e%2e/etc/passwd", "/debug/vars", "/nothing?x=y&x=%zz")
 	add(404, "GET", "/media/", "/media/..%2fpms.db", "/media/%2e%2e%2fpms.db", "/media/..%5cpms.db", "/media/%2fetc%2fpasswd", "/media/products%2f1%2f..%2f..%2f..%2fpms.db", "/media/.tmp/x.jpg", "/media/products", "/media/products/1/x.jpg%00.png",
 		"/media/"+strings.Repeat("a", 5000)+".jpg", "/media/"+strings.Repeat("a/", 2000)+"x.jpg", "/media/CON.jpg", "/media/%ff.jpg", "/media/x.svg", "/media/x.jpg/", "/media/%c0%ae%c0%ae/pms.db")
 	add(405, "FOO", "/products")
@@ -217,7 +217,7 @@ func hostileBytes() []hostileRequest {
 		{"a star", "OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 400, ""},
 		{"a star with another method", "GET * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 400, ""},
 		{"another host in the target", "GET http://evil.example/products/0 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404, ""},
-		{"a tunnel", "CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example:443\r\nConnection: close\r\n\r\n", 404, ""},
+		{"a tunnel", "CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example:443\r\nConnection: close\r\n\r\n", 405, ""},
 		{"a bad escape in the path", "GET /products/%zz HTTP/1.1\r\nHost: x\r\n\r\n", 400, ""},
 		{"a raw NUL in the path", "GET /products/\x00 HTTP/1.1\r\nHost: x\r\n\r\n", 400, ""},
 		{"a space before the colon", "GET /healthz HTTP/1.1\r\nHost : x\r\n\r\n", 400, ""},
