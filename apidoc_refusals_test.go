@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 
@@ -185,6 +186,23 @@ func withoutDatabase(t *testing.T, op *documentedOperation) answer {
 	a.parts = []part{{"store", true, a.store.Ping}}
 	a.server.tokens.known.Clear()
 	return a.do(t, op.method, op.target(nil), op.body(t), "Authorization", a.admin)
+}
+
+// The program takes every query parameter as the document's example has it.
+func TestEveryDocumentedParameterIsTaken(t *testing.T) {
+	t.Parallel()
+	a := newTokenAPI(t)
+	for pattern, op := range described(t).operations {
+		for _, p := range op.parameters() {
+			if p.In != "query" || p.Example == nil { // a cursor is opaque: it has none
+				continue
+			}
+			query := url.Values{p.Name: {exampleOf(p)}}.Encode()
+			if got := a.do(t, op.method, op.target(nil)+"?"+query, "", "Authorization", a.admin); got.Code >= 400 {
+				t.Errorf("%s with %s: %d %s", pattern, query, got.Code, got.Body)
+			}
+		}
+	}
 }
 
 // A stored image is served as the document has it: whole, in part, by

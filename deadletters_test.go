@@ -146,10 +146,15 @@ func TestReplayByFilterOverHTTP(t *testing.T) {
 	if link := next.Header().Get("Link"); !strings.Contains(link, "host=a.example") || !strings.Contains(link, "cursor=") {
 		t.Errorf("the link to the next page: %s", link)
 	}
+	for _, filter := range []string{"code=http_404", "host=a.example", "user_id=1", "since=2026-01-02T03:04:05Z", "limit=1"} {
+		if got := a.do(t, "GET", "/dead-letters?"+filter, ""); got.Code != 200 {
+			t.Errorf("the list of %s: %d %s", filter, got.Code, got.Body)
+		}
+	}
 	for _, c := range []struct {
 		query string
 		want  float64
-	}{{"?code=http_404&host=a.example", 2}, {"?code=http_404&host=a.example", 0}, {"?user_id=1", 1}, {"", 2}, {"", 0}} {
+	}{{"?since=9000-01-01T00:00:00Z", 0}, {"?code=http_404&host=a.example", 2}, {"?code=http_404&host=a.example", 0}, {"?user_id=1", 1}, {"", 2}, {"", 0}} {
 		if got := a.do(t, "POST", "/dead-letters/replay"+c.query, ""); got.Code != 202 || got.json["replayed"] != c.want {
 			t.Errorf("replay%s: %d %s, want %v", c.query, got.Code, got.Body, c.want)
 		}
