@@ -361,8 +361,8 @@ type shown struct {
 			URL   string
 			Bytes int
 		}
-		Attempts            int
-		Error               *errorJSON
+		Attempts int
+		Error    *errorJSON
 	}
 }
 
