@@ -209,6 +209,23 @@ func claimObjects(ctx context.Context, tx querier, keys []string) error {
 	return nil
 }
 
+const lockImage = `SELECT ` + imageColumns + ` FROM images i WHERE i.id = $1 FOR UPDATE`
+
+// DiscardUnwanted has those objects of a worker deleted that came too late and to
+// which its image does not refer. They may be in the garbage no longer: another
+// worker with the same result was faster, and its objects are gone already.
+func (s *store) DiscardUnwanted(ctx context.Context, imageID int64, keys []string) error {
+	err := s.InTx(ctx, func(tx querier) error {
+		var i Image
+		err := queryRow(ctx, tx, imageTargets(&i), lockImage, imageID)
+		if err != nil && !errors.Is(err, errNotFound) {
+			return err
+		}
+		return discardObjects(ctx, tx, without(keys, i.keys()), s.now())
+	})
+	return wrap(fmt.Sprintf("discard objects of image %d", imageID), err)
+}
+
 // failure is a failed try of an image.
 type failure struct {
 	*imageError

@@ -365,6 +365,12 @@ func (p *pipeline) putOff(ctx context.Context, w *work) error {
 // dead already goes where its worker would have sent it, had it not ended
 // between the commit and that. (What it does not know, deadKeeper mends.)
 func (p *pipeline) letGo(ctx context.Context, w *work) error {
+	if w.outputs != nil {
+		discard := func() error { return p.store.DiscardUnwanted(ctx, w.image.ID, w.image.keys()) }
+		if err := p.persist(ctx, w, discard); err != nil {
+			return errors.Join(err, p.giveBack(ctx, w))
+		}
+	}
 	if w.delivery.Redelivered {
 		dead, err := p.store.deadAmong(ctx, []int64{w.delivery.Job.ID})
 		if err == nil && dead[w.delivery.Job.ID] {

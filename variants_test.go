@@ -260,3 +260,31 @@ func TestStoreSettlesNoImageThatLacksAVariant(t *testing.T) {
 		finishWith(t, s, job, "main", "800", "320")
 	})
 }
+
+// A worker whose upload took so long that another one with the same result was
+// faster, and that one's object gone again, has left it behind.
+func TestStoreDiscardsWhatCameTooLate(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		job := publishDue(t, s)[0]
+		finishWith(t, s, job, "main", "320")
+		if err := s.DiscardUnwanted(t.Context(), job.ID, []string{"main", "320"}); err != nil {
+			t.Fatal(err)
+		}
+		if keys := collectGarbage(t, s); len(keys) != 0 {
+			t.Errorf("objects in use would be deleted: %v", keys)
+		}
+		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
+			t.Fatal(err)
+		}
+		for _, when := range []string{"with the product", "after the late upload"} {
+			if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"320", "main"}) {
+				t.Errorf("%s were deleted: %v", when, keys)
+			}
+			if err := s.DiscardUnwanted(t.Context(), job.ID, []string{"main", "320"}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
