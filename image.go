@@ -47,7 +47,8 @@ type decodedImage struct {
 	frame  image.Rectangle // where pixels lie in the image; the rest is transparent
 
 	// spread runs parts of the work, at once if it can. Nil: one after the other.
-	spread func(parts []func())
+	spread  func(parts []func())
+	buffers *buffers // for what compressing needs; may be nil
 }
 
 // compressedImage is what gets stored.
@@ -117,8 +118,8 @@ const fixedCost = 2 << 20
 const sideCost = 128
 
 // keptShare is how much of what an output holds while it is encoded stays, at
-// most, while the next smaller one is made: planes and file, but no tokens. (2.1
-// of 6.2 bytes a pixel for grey, 3.2 of 9.3 for colour, 12.2 of 17.3 with alpha.)
+// most, while the next smaller one is made: planes and file, but no tokens. (2.4
+// of 6.5 bytes a pixel for grey, 3.5 of 9.7 for colour, 13.2 of 18.3 with alpha.)
 const keptShare = 0.75
 
 // costAt is how many bytes decoding and compressing will hold at once, at most,
@@ -167,10 +168,10 @@ const jpegSample = 4.1 + 1.1
 // times its length, since its buffer doubles as it grows; RGBA may need one more
 // byte for a palette's indexes or for grey.
 const (
-	outputGrey  = 1 + jpegSample
-	outputYCbCr = 1.5 * (1 + jpegSample)
-	outputRGB   = 4 + outputYCbCr
-	outputRGBA  = 4 + 1 + 3*4.1
+	outputGrey  = planeSlack + jpegSample
+	outputYCbCr = 1.5 * (planeSlack + jpegSample)
+	outputRGB   = 4*planeSlack + outputYCbCr
+	outputRGBA  = 4*planeSlack + 1 + 3*4.1
 )
 
 // decodeImage decodes data, whose header is h. Nothing is resized or turned
@@ -239,14 +240,17 @@ func compressImage(d *decodedImage, source []byte, maxSide int, widths []int, qu
 	defer recoverCodec("compress "+d.header.Format, &err)
 	h := d.header
 	var img image.Image
+	defer func() { d.buffers.giveBack(img) }()
 	for n, size := range h.outputSizes(maxSide, widths) {
+		larger := img
 		if n == 0 {
 			img = d.render(h.Orientation.size(size.X, size.Y))
 		} else {
-			img = d.shrink(img, size)
+			img = d.shrink(larger, size)
+			d.buffers.giveBack(larger)
 		}
-		img = planesToEncode(img, h.Profile)
-		c, err := encodeImage(img, h.Profile, quality)
+		img = d.planesToEncode(img)
+		c, err := d.encodeImage(img, quality)
 		if err != nil {
 			return nil, permanent("corrupt_image", "compress %s: %v", h.Format, err)
 		}
@@ -264,7 +268,7 @@ func compressImage(d *decodedImage, source []byte, maxSide int, widths []int, qu
 // shrink resizes what render made of d once more.
 func (d *decodedImage) shrink(img image.Image, size image.Point) image.Image {
 	b := img.Bounds()
-	upright := decodedImage{header: imageHeader{Width: b.Dx(), Height: b.Dy()}, pixels: img, frame: b, spread: d.spread}
+	upright := decodedImage{header: imageHeader{Width: b.Dx(), Height: b.Dy()}, pixels: img, frame: b, spread: d.spread, buffers: d.buffers}
 	return upright.render(size.X, size.Y)
 }
 
@@ -298,32 +302,41 @@ func newCompressed(format string, data []byte, bounds image.Rectangle) compresse
 	return compressedImage{Data: data, Ext: ext, ContentType: "image/" + format, Width: bounds.Dx(), Height: bounds.Dy()}
 }
 
-// planesToEncode makes the planes of a JPEG of what render made, if it is opaque.
-func planesToEncode(img image.Image, profile []byte) image.Image {
+// planesToEncode makes the planes of a JPEG of what render made, if it is opaque,
+// and gives that back then.
+func (d *decodedImage) planesToEncode(img image.Image) image.Image {
 	m, ok := img.(*image.NRGBA)
 	if !ok || !m.Opaque() {
 		return img
 	}
+	planes := d.opaquePlanes(m)
+	d.buffers.giveBack(m) // not if there was a panic: then it is still the caller's
+	return planes
+}
+
+func (d *decodedImage) opaquePlanes(m *image.NRGBA) image.Image {
 	// An RGB profile may tint grey, so only unprofiled grey becomes a grey JPEG.
-	if grey := greyOf(m); grey != nil && profileSpace(profile) != "RGB " {
-		return grey
+	if profileSpace(d.header.Profile) != "RGB " {
+		if grey := greyOf(m, d.buffers); grey != nil {
+			return grey
+		}
 	}
-	return planesOf(m)
+	return planesOf(m, d.buffers)
 }
 
 // encodeImage encodes what planesToEncode made. A profile goes along if it is for
 // the output's kind of colour: RGB for colour, GRAY for grey. Others end here: CMYK
 // is converted by the plain formula, and grey with alpha becomes RGBA, so
 // their profiles would be wrong for the result.
-func encodeImage(img image.Image, profile []byte, quality int) (compressedImage, error) {
+func (d *decodedImage) encodeImage(img image.Image, quality int) (compressedImage, error) {
 	if m, ok := img.(*image.NRGBA); ok {
-		return encodePNG(m, profile)
+		return encodePNG(m, d.header.Profile, d.buffers)
 	}
-	return encodeJPEG(img, profile, quality), nil
+	return encodeJPEG(img, d.header.Profile, quality, d.buffers), nil
 }
 
-func encodeJPEG(img image.Image, profile []byte, quality int) compressedImage {
-	data := encodeJPEGPlanes(img, quality)
+func encodeJPEG(img image.Image, profile []byte, quality int, b *buffers) compressedImage {
+	data := encodeJPEGPlanes(img, quality, b)
 	want := "RGB "
 	if _, grey := img.(*image.Gray); grey {
 		want = "GRAY"
@@ -335,13 +348,14 @@ func encodeJPEG(img image.Image, profile []byte, quality int) compressedImage {
 }
 
 // encodePNG writes an image with alpha, with a palette where that is exact.
-func encodePNG(m *image.NRGBA, profile []byte) (compressedImage, error) {
+func encodePNG(m *image.NRGBA, profile []byte, b *buffers) (compressedImage, error) {
 	var img image.Image = m
 	if p := palettedOf(m); p != nil {
 		img = p
 	}
 	var out bytes.Buffer
-	if err := png.Encode(&out, img); err != nil {
+	encoder := png.Encoder{BufferPool: b}
+	if err := encoder.Encode(&out, img); err != nil {
 		return compressedImage{}, fmt.Errorf("encode png: %w", err)
 	}
 	data := out.Bytes()

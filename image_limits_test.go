@@ -220,7 +220,7 @@ func TestCostCoversEncodedNoise(t *testing.T) {
 		}{"colour": {colour, 1.5}, "grey": {grey, 1}} {
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
-			encodeJPEGPlanes(test.image, quality)
+			encodeJPEGPlanes(test.image, quality, nil)
 			runtime.ReadMemStats(&after)
 			held := float64(after.TotalAlloc - before.TotalAlloc - 200_000) // pieces that are not full
 			if held /= test.samples * 512 * 512; held > jpegSample {
@@ -355,15 +355,4 @@ func FuzzDecodeImage(f *testing.F) {
 			}
 		}
 	})
-}
-
-func BenchmarkCompress(b *testing.B) {
-	data := encodedJPEG(b, photo(4000, 3000), 90)
-	b.SetBytes(int64(len(data)))
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := compressBytes(data, 2048); err != nil {
-			b.Fatal(err)
-		}
-	}
 }

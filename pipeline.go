@@ -58,6 +58,7 @@ type pipeline struct {
 	memory     *semaphore.Weighted            // bytes that decoded images hold
 	log        *slog.Logger
 	processors processors // made by Run
+	buffers    buffers
 }
 
 // How many images a worker of the CPU-bound stages keeps busy in the others,
@@ -267,7 +268,7 @@ func (p *pipeline) decode(_ context.Context, w *work) (err error) {
 		p.release(w)
 		return err
 	}
-	w.decoded.spread = p.processors.spread
+	w.decoded.spread, w.decoded.buffers = p.processors.spread, &p.buffers
 	return nil
 }
 
