@@ -72,8 +72,8 @@ func commands() []command {
 		{"dead list", "[-code C] [-host H] [-user ID] [-since TIME]", "lists the dead letters, or those selected", deadListCommand},
 		{"dead show", "ID", "shows one with the history of its attempts", deadShowCommand},
 		{"dead replay", "ID... | -all | -code C -host H -user ID -since TIME  [-rate N] [-dry-run]", "queues dead letters anew: some, all, or those selected; at most N a second", deadReplayCommand},
-		{"reprocess", "PRODUCT... | -all | -host H -user ID  [-rate N] [-dry-run]", "makes images again after a setting changed: those of some products, all, or those selected; at most N a second", reprocessCommand},
 		{"dead discard", "ID...", "gives dead letters up for good", deadDiscardCommand},
+		{"reprocess", "PRODUCT... | -all | -host H -user ID  [-rate N] [-dry-run]", "makes images again after a setting changed: those of some products, all, or those selected; at most N a second", reprocessCommand},
 	}
 }
 
