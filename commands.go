@@ -46,17 +46,31 @@ func createTokenCommand(p *program, ctx context.Context, flags *flag.FlagSet, ar
 	})
 }
 
-// deadFilterFlags are the flags that select dead letters, read as the query
-// parameters of the same meaning are.
-func deadFilterFlags(flags *flag.FlagSet) (read func() (f deadFilter, given bool, err error)) {
+// filterReader reads flags that select images, once they are parsed. given says
+// whether there were any.
+type filterReader func() (f deadFilter, given bool, err error)
+
+// deadFilterFlags are the flags that select dead letters.
+func deadFilterFlags(flags *flag.FlagSet) filterReader {
+	return filterFlags(flags, map[string]string{
+		"code":  "only those with this error code",
+		"host":  "only those whose source is on this host",
+		"user":  "only those of this user's products",
+		"since": "only those that failed at this time (RFC 3339) or later",
+	})
+}
+
+// filterFlags are flags that select images, with their help. They are read as the
+// query parameters of dead letters of the same meaning are.
+func filterFlags(flags *flag.FlagSet, help map[string]string) filterReader {
 	query := make(url.Values)
-	add := func(name, parameter, help string) {
-		flags.Func(name, help, func(v string) error { query.Set(parameter, v); return nil })
+	for name, text := range help {
+		parameter := name
+		if name == "user" {
+			parameter = "user_id"
+		}
+		flags.Func(name, text, func(v string) error { query.Set(parameter, v); return nil })
 	}
-	add("code", "code", "only those with this error code")
-	add("host", "host", "only those whose source is on this host")
-	add("user", "user_id", "only those of this user's products")
-	add("since", "since", "only those that failed at this time (RFC 3339) or later")
 	return func() (deadFilter, bool, error) {
 		f, wrong := readDeadFilter(query)
 		if wrong != nil {
@@ -111,21 +125,20 @@ func deadShowCommand(p *program, ctx context.Context, flags *flag.FlagSet, args 
 	})
 }
 
-// replayOptions are what dead replay is to do.
-type replayOptions struct {
+// batchOptions are what dead replay or reprocess is to do.
+type batchOptions struct {
 	filter deadFilter
 	ids    []int64 // in place of the filter
 	rate   int     // a second; 0 is no limit
 	dryRun bool
 }
 
-// readReplayOptions wants exactly one of ids, -all and a filter, so that nobody
+// readBatchOptions wants exactly one of ids, -all and a filter, so that nobody
 // replays everything by leaving something out.
-func readReplayOptions(flags *flag.FlagSet, args []string) (o replayOptions, err error) {
-	all := flags.Bool("all", false, "replay every dead letter")
+func readBatchOptions(flags *flag.FlagSet, args []string, readFilter filterReader) (o batchOptions, err error) {
+	all := flags.Bool("all", false, "every one")
 	flags.IntVar(&o.rate, "rate", 0, "at most so many a second")
 	flags.BoolVar(&o.dryRun, "dry-run", false, "only say how many there are")
-	readFilter := deadFilterFlags(flags)
 	words, err := parse(flags, args, -1)
 	if err != nil {
 		return o, err
@@ -135,9 +148,9 @@ func readReplayOptions(flags *flag.FlagSet, args []string) (o replayOptions, err
 	case err != nil:
 		return o, err
 	case o.rate < 0:
-		return o, usagef("dead replay: -rate must not be negative")
+		return o, usagef("%s: -rate must not be negative", flags.Name())
 	case len(words) > 0 && (*all || filtered), *all && filtered:
-		return o, usagef("dead replay: either ids, or -all, or a selection")
+		return o, usagef("%s: either ids, or -all, or a selection", flags.Name())
 	case *all || filtered:
 		o.filter = filter
 		return o, nil
@@ -149,7 +162,7 @@ func readReplayOptions(flags *flag.FlagSet, args []string) (o replayOptions, err
 // deadReplayCommand leaves the rest to the running processes: their dispatchers
 // find what is due, at the latest when they next poll.
 func deadReplayCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
-	o, err := readReplayOptions(flags, args)
+	o, err := readBatchOptions(flags, args, deadFilterFlags(flags))
 	if err != nil {
 		return err
 	}
@@ -169,7 +182,7 @@ func deadReplayCommand(p *program, ctx context.Context, flags *flag.FlagSet, arg
 }
 
 // countReplay says what a replay would do.
-func (p *program) countReplay(ctx context.Context, db *store, o replayOptions) error {
+func (p *program) countReplay(ctx context.Context, db *store, o batchOptions) error {
 	n, err := len(o.ids), error(nil)
 	if o.ids == nil {
 		n, err = db.CountDead(ctx, o.filter)
@@ -186,7 +199,7 @@ func (p *program) countReplay(ctx context.Context, db *store, o replayOptions) e
 }
 
 // replayIDs replays one after the other, so that what it printed is done.
-func (p *program) replayIDs(ctx context.Context, db *store, o replayOptions, invalidate func(id, version int64)) error {
+func (p *program) replayIDs(ctx context.Context, db *store, o batchOptions, invalidate func(id, version int64)) error {
 	for n, id := range o.ids {
 		if n > 0 {
 			if err := pauseFor(ctx, o.rate); err != nil {
@@ -199,6 +212,35 @@ func (p *program) replayIDs(ctx context.Context, db *store, o replayOptions, inv
 		fmt.Fprintf(p.stdout, "replayed %d\n", id)
 	}
 	return nil
+}
+
+// reprocessCommand leaves the rest to the running processes, as deadReplayCommand does.
+func reprocessCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
+	o, err := readBatchOptions(flags, args, filterFlags(flags, map[string]string{
+		"host": "only those whose source is on this host",
+		"user": "only those of this user's products",
+	}))
+	if err != nil {
+		return err
+	}
+	f := madeFilter{deadFilter: o.filter, Products: o.ids}
+	return p.withStore(ctx, func(db *store) error {
+		if err := checkProducts(ctx, db, o.ids); err != nil {
+			return err
+		}
+		if o.dryRun {
+			n, err := db.CountMade(ctx, f)
+			if err == nil {
+				fmt.Fprintf(p.stdout, "would reprocess %d\n", n)
+			}
+			return err
+		}
+		return p.withInvalidation(ctx, func(invalidate func(id, version int64)) error {
+			n, err := reprocess(ctx, db, f, o.rate, invalidate)
+			fmt.Fprintf(p.stdout, "reprocessed %d\n", n)
+			return err
+		})
+	})
 }
 
 func deadDiscardCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {

@@ -76,6 +76,7 @@ func (c *config) settings() []setting {
 		{"IMAGE_MAX_BYTES", "32MiB", "largest download", byteSize(&c.FetchLimits.MaxBytes, 1)},
 		{"IMAGE_MAX_PIXELS", "50000000", "largest width × height", number(&c.Image.MaxPixels, 1, 1<<40)},
 		{"IMAGE_MAX_SIDE", "2048", "compressed images fit in a square of this side", number(&c.Image.MaxSide, 1, 65535)},
+		{"IMAGE_VARIANTS", "", "further widths to make of each image that is wider, such as 320,800; else none", widths(&c.Image.Variants)},
 		{"IMAGE_QUALITY", "80", "JPEG quality, 1 to 100", number(&c.Image.Quality, 1, 100)},
 		{"IMAGE_TIMEOUT", "30s", "for one download", duration(&c.FetchLimits.Timeout, time.Millisecond, time.Hour)},
 		{"IMAGE_ALLOW_PRIVATE", "false", "allow image URLs on loopback, private and link-local addresses, and any port", boolean(&c.FetchLimits.AllowPrivate)},

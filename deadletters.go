@@ -27,7 +27,8 @@ type attempt struct {
 // images say the same.
 const isDead = `status = 'failed' AND discarded_at IS NULL`
 
-// deadFilter selects dead letters; its zero value selects all.
+// deadFilter selects dead letters, or by host, port and user any images; its zero
+// value selects all.
 type deadFilter struct {
 	Code   string
 	Host   string // of the source, in the form of hostName
@@ -36,9 +37,10 @@ type deadFilter struct {
 	Since  time.Time // of the failure, which may be at that very time
 }
 
-// where is the filter as SQL over images, and its arguments.
-func (f deadFilter) where() (sql string, args []any) {
-	conditions := []string{isDead}
+// where is the filter as SQL over images i that meet a condition, and its
+// arguments.
+func (f deadFilter) where(condition string) (sql string, args []any) {
+	conditions := []string{condition}
 	add := func(condition string, value any) {
 		args = append(args, value)
 		conditions = append(conditions, fmt.Sprintf("%s $%d", condition, len(args)))
@@ -81,18 +83,23 @@ func (s *store) DeadLetters(ctx context.Context, f deadFilter, after int64, limi
 }
 
 func (f deadFilter) pageSQL(after int64, limit int) (string, []any) {
-	where, args := f.where()
+	where, args := f.where(isDead)
 	args = append(args, after)
 	return fmt.Sprintf("%s%s AND i.id > $%d ORDER BY i.id LIMIT %d", selectDeadLetters, where, len(args), limit), args
 }
 
 // CountDead answers how many dead letters f selects.
 func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) {
-	where, args := f.where()
+	where, args := f.where(isDead)
+	n, err = s.countImages(ctx, where, args)
+	return n, wrap("count dead letters", err)
+}
+
+func (s *store) countImages(ctx context.Context, where string, args []any) (int, error) {
 	r, err := s.QueryOnce(ctx, "SELECT count(*) FROM images i WHERE "+where, args...)
 	counts, err := collect(r, err, func(r rows) (n int, err error) { err = r.Scan(&n); return n, err })
 	if err != nil {
-		return 0, fmt.Errorf("count dead letters: %w", err)
+		return 0, err
 	}
 	return counts[0], nil
 }
@@ -141,24 +148,7 @@ type productVersion struct{ ID, Version int64 }
 // their attempts before them. It answers how many they were, and the new versions
 // of their products. Of two that replay an image at once, one finds it a dead letter.
 func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, changed []productVersion, err error) {
-	err = s.InTx(ctx, func(tx querier) error {
-		products, err := queryIDs(ctx, tx, selectDeadProducts, ids)
-		if err != nil {
-			return err
-		}
-		if _, err := queryIDs(ctx, tx, lockProducts, products); err != nil {
-			return err
-		}
-		now := s.now()
-		owners, err := queryIDs(ctx, tx, replayDead, ids, now)
-		if err != nil {
-			return err
-		}
-		replayed = len(owners)
-		r, err := tx.Query(ctx, raiseVersions, owners, now)
-		changed, err = collect(r, err, func(r rows) (v productVersion, err error) { err = r.Scan(&v.ID, &v.Version); return v, err })
-		return err
-	})
+	replayed, changed, err = s.queueAnew(ctx, ids, selectDeadProducts, replayDead)
 	if err != nil {
 		return 0, nil, fmt.Errorf("replay %d dead letters: %w", len(ids), err)
 	}
@@ -166,10 +156,39 @@ func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, chan
 	return replayed, changed, nil
 }
 
+// queueAnew updates those of the images that the SQL in update wants, of the
+// products that the SQL in owners finds, and raises these products' versions.
+func (s *store) queueAnew(ctx context.Context, ids []int64, owners, update string) (queued int, changed []productVersion, err error) {
+	err = s.InTx(ctx, func(tx querier) error {
+		products, err := queryIDs(ctx, tx, owners, ids)
+		if err != nil {
+			return err
+		}
+		if _, err := queryIDs(ctx, tx, lockProducts, products); err != nil {
+			return err
+		}
+		now := s.now()
+		updated, err := queryIDs(ctx, tx, update, ids, now)
+		if err != nil {
+			return err
+		}
+		queued = len(updated)
+		r, err := tx.Query(ctx, raiseVersions, updated, now)
+		changed, err = collect(r, err, func(r rows) (v productVersion, err error) { err = r.Scan(&v.ID, &v.Version); return v, err })
+		return err
+	})
+	return queued, changed, err
+}
+
 // queryIDs runs SQL whose result is a column of ids.
 func queryIDs(ctx context.Context, q querier, sql string, args ...any) ([]int64, error) {
 	r, err := q.Query(ctx, sql, args...)
-	return collect(r, err, func(r rows) (id int64, err error) { err = r.Scan(&id); return id, err })
+	return collect(r, err, scanID)
+}
+
+func scanID(r rows) (id int64, err error) {
+	err = r.Scan(&id)
+	return id, err
 }
 
 // DiscardDead gives a dead letter up for good: its image stays failed, but waits
@@ -182,37 +201,46 @@ func (s *store) DiscardDead(ctx context.Context, id int64) error {
 	return wrap(fmt.Sprintf("discard dead letter %d", id), err)
 }
 
-// replayBatch is how many dead letters one transaction queues anew.
-const replayBatch = 500
-
 // replay queues every dead letter anew that the filter selects, each once, and
 // at most rate of them a second; 0 is no limit. It may be interrupted and called
 // again: what it answers is done, also with an error.
 func replay(ctx context.Context, db *store, f deadFilter, rate int, invalidate func(id, version int64)) (replayed int, err error) {
-	batch := replayBatch
+	page := func(after int64, limit int) (ids []int64, err error) {
+		letters, err := db.DeadLetters(ctx, f, after, limit)
+		for _, letter := range letters {
+			ids = append(ids, letter.ID)
+		}
+		return ids, err
+	}
+	return inBatches(ctx, rate, page, func(ids []int64) (int, error) { return replayAndTell(ctx, db, ids, invalidate) })
+}
+
+// queueBatch is how many images one transaction queues anew.
+const queueBatch = 500
+
+// inBatches does what page lists, by id after a given one, and answers how much
+// was done, also with an error. rate bounds it, a second; 0 is no limit.
+func inBatches(ctx context.Context, rate int, page func(after int64, limit int) ([]int64, error), do func(ids []int64) (int, error)) (done int, err error) {
+	batch := queueBatch
 	if rate > 0 {
 		batch = 1
 	}
 	for after := int64(0); ; {
-		letters, err := db.DeadLetters(ctx, f, after, batch)
-		if err != nil || len(letters) == 0 {
-			return replayed, err
+		ids, err := page(after, batch)
+		if err != nil || len(ids) == 0 {
+			return done, err
 		}
 		if after > 0 {
 			if err := pauseFor(ctx, rate); err != nil {
-				return replayed, err
+				return done, err
 			}
 		}
-		ids := make([]int64, len(letters))
-		for n, letter := range letters {
-			ids[n] = letter.ID
-		}
 		after = ids[len(ids)-1]
-		n, err := replayAndTell(ctx, db, ids, invalidate)
+		n, err := do(ids)
 		if err != nil {
-			return replayed, err
+			return done, err
 		}
-		replayed += n
+		done += n
 	}
 }
 
@@ -229,10 +257,14 @@ func replayOne(ctx context.Context, db *store, id int64, invalidate func(id, ver
 // replayAndTell is ReplayDead, and tells the caches.
 func replayAndTell(ctx context.Context, db *store, ids []int64, invalidate func(id, version int64)) (replayed int, err error) {
 	replayed, changed, err := db.ReplayDead(ctx, ids)
+	tell(changed, invalidate)
+	return replayed, err
+}
+
+func tell(changed []productVersion, invalidate func(id, version int64)) {
 	for _, product := range changed {
 		invalidate(product.ID, product.Version)
 	}
-	return replayed, err
 }
 
 // pauseFor waits for the time between two things of which there may be rate a

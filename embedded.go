@@ -82,7 +82,7 @@ func (s *sqlite) Query(ctx context.Context, query string, args ...any) (rows, er
 }
 
 func (s *sqlite) QueryOnce(ctx context.Context, query string, args ...any) (rows, error) {
-	r, err := s.reader.QueryContext(ctx, sqliteSQL(query), args...)
+	r, err := s.reader.QueryContext(ctx, sqliteSQL(query), sqliteArgs(args)...)
 	if err != nil {
 		return nil, sqliteError(err)
 	}

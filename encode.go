@@ -22,15 +22,22 @@ type productJSON struct {
 }
 
 type imageJSON struct {
-	Source      string      `json:"source"`
-	Status      imageStatus `json:"status"`
-	URL         *string     `json:"url,omitempty"`
-	Width       int         `json:"width,omitempty"`
-	Height      int         `json:"height,omitempty"`
-	Bytes       int64       `json:"bytes,omitempty"`
-	SourceBytes int64       `json:"source_bytes,omitempty"`
-	Attempts    int         `json:"attempts,omitempty"`
-	Error       *errorJSON  `json:"error,omitempty"`
+	Source      string        `json:"source"`
+	Status      imageStatus   `json:"status"`
+	URL         *string       `json:"url,omitempty"`
+	Width       int           `json:"width,omitempty"`
+	Height      int           `json:"height,omitempty"`
+	Bytes       int64         `json:"bytes,omitempty"`
+	SourceBytes int64         `json:"source_bytes,omitempty"`
+	Variants    []variantJSON `json:"variants,omitempty"`
+	Attempts    int           `json:"attempts,omitempty"`
+	Error       *errorJSON    `json:"error,omitempty"`
+}
+
+type variantJSON struct {
+	Width int    `json:"width"`
+	URL   string `json:"url"`
+	Bytes int64  `json:"bytes"`
 }
 
 type errorJSON struct {
@@ -79,6 +86,9 @@ func (e encoder) imageJSON(i Image) imageJSON {
 	if i.Key != "" {
 		url := e.objectURL(i.Key)
 		out.URL = &url
+	}
+	for _, v := range i.Variants {
+		out.Variants = append(out.Variants, variantJSON{v.Width, e.objectURL(v.Key), v.Bytes})
 	}
 	return out
 }

@@ -63,6 +63,7 @@ func (s *server) routes() http.Handler {
 	s.route(mux, "PUT /products/{id}", anyToken, s.putProduct)
 	s.route(mux, "DELETE /products/{id}", anyToken, s.deleteProduct)
 	s.route(mux, "GET /products/{id}/events", anyToken, s.productEvents)
+	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, s.reprocessImages)
 
 	s.route(mux, "GET /dead-letters", adminToken, s.listDeadLetters)
 	s.route(mux, "GET /dead-letters/{id}", adminToken, s.getDeadLetter)

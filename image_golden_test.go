@@ -72,6 +72,12 @@ func TestGoldenImages(t *testing.T) {
 // compressWell compresses at a quality at which loss does not hide mistakes.
 func compressWell(t *testing.T, source []byte, side int) (compressedImage, image.Image) {
 	t.Helper()
+	c := compressBest(t, source, side, nil)[0]
+	return c, decodeResult(t, c)
+}
+
+func compressBest(t *testing.T, source []byte, side int, widths []int) []compressedImage {
+	t.Helper()
 	h, err := readImageHeader(source, testPixels)
 	if err != nil {
 		t.Fatal(err)
@@ -80,10 +86,15 @@ func compressWell(t *testing.T, source []byte, side int) (compressedImage, image
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := compressImage(d, source, side, 95)
+	all, err := compressImage(d, source, side, widths, 95)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return all
+}
+
+func decodeResult(t *testing.T, c compressedImage) image.Image {
+	t.Helper()
 	m, _, err := image.Decode(bytes.NewReader(c.Data))
 	if err != nil {
 		t.Fatal(err)
@@ -91,7 +102,7 @@ func compressWell(t *testing.T, source []byte, side int) (compressedImage, image
 	if c.Ext == formatWebP { // a kept source, which the decoder hands out in video range
 		expandVideoRange(m)
 	}
-	return c, m
+	return m
 }
 
 // kindOf says in a word what of its kind an image has kept.

@@ -168,7 +168,7 @@ func TestPanicFailsThatImageAlone(t *testing.T) {
 	t.Parallel()
 	bounds := image.Rect(0, 0, 8, 8)
 	d := &decodedImage{header: imageHeader{Format: formatPNG, Width: 8, Height: 8}, pixels: explosive{image.NewRGBA(bounds)}, frame: bounds}
-	if _, err := compressImage(d, nil, 4, testQuality); errorCode(err) != "decoder_panic" {
+	if _, err := compressImage(d, nil, 4, nil, testQuality); errorCode(err) != "decoder_panic" {
 		t.Errorf("got %v", err)
 	}
 }
@@ -220,7 +220,7 @@ func TestCostCoversEncodedNoise(t *testing.T) {
 		}{"colour": {colour, 1.5}, "grey": {grey, 1}} {
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
-			encodeJPEGPlanes(test.image, quality)
+			encodeJPEGPlanes(test.image, quality, nil)
 			runtime.ReadMemStats(&after)
 			held := float64(after.TotalAlloc - before.TotalAlloc - 200_000) // pieces that are not full
 			if held /= test.samples * 512 * 512; held > jpegSample {
@@ -266,12 +266,12 @@ func TestMemoryOf20Megapixels(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("20 megapixels of %d kB: %.1f MiB; Cost %.1f MiB, at 2048 %.1f MiB", len(data)>>10,
-		float64(mapped)/(1<<20), float64(h.costAt(maxImageSide))/(1<<20), float64(h.costAt(2048))/(1<<20))
+		float64(mapped)/(1<<20), float64(h.costAt(maxImageSide, nil))/(1<<20), float64(h.costAt(2048, nil))/(1<<20))
 	if mapped > limit {
 		t.Errorf("%d bytes on top of idle, want at most %d", mapped, limit)
 	}
-	if mapped > h.costAt(maxImageSide) || mapped > h.costAt(2048) {
-		t.Errorf("%d bytes on top of idle, but the cost says %d, and %d at 2048", mapped, h.costAt(maxImageSide), h.costAt(2048))
+	if mapped > h.costAt(maxImageSide, nil) || mapped > h.costAt(2048, nil) {
+		t.Errorf("%d bytes on top of idle, but the cost says %d, and %d at 2048", mapped, h.costAt(maxImageSide, nil), h.costAt(2048, nil))
 	}
 }
 
@@ -345,23 +345,14 @@ func FuzzDecodeImage(f *testing.F) {
 			}
 			return
 		}
-		c, err := compressImage(d, data, 32, testQuality)
+		all, err := compressImage(d, data, 32, []int{20, 3}, testQuality)
 		if err != nil {
 			t.Fatalf("compress: %v", err)
 		}
-		if _, _, err := image.Decode(bytes.NewReader(c.Data)); err != nil {
-			t.Fatalf("result: %v", err)
+		for _, c := range all {
+			if _, _, err := image.Decode(bytes.NewReader(c.Data)); err != nil {
+				t.Fatalf("result: %v", err)
+			}
 		}
 	})
-}
-
-func BenchmarkCompress(b *testing.B) {
-	data := encodedJPEG(b, photo(4000, 3000), 90)
-	b.SetBytes(int64(len(data)))
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := compressBytes(data, 2048); err != nil {
-			b.Fatal(err)
-		}
-	}
 }

@@ -118,8 +118,8 @@ func TestTurnedSamplesStayInPlace(t *testing.T) {
 func TestMetadataIsGone(t *testing.T) {
 	t.Parallel()
 	const comment = "made by secret place"
-	poor := encodeJPEGPlanes(photo(160, 120), 20) // kept, since quality 80 is larger
-	flat := encodedPNG(t, corners(160, 120))      // kept, since a JPEG is larger
+	poor := encodeJPEGPlanes(photo(160, 120), 20, nil) // kept, since quality 80 is larger
+	flat := encodedPNG(t, corners(160, 120))           // kept, since a JPEG is larger
 	still := webpTestdata(t, "gopher-doc.1bpp.lossless.webp")
 	fourColours := image.NewPaletted(image.Rect(0, 0, 160, 120), color.Palette{color.Black, color.White, color.Gray{90}, color.Gray{180}})
 	for i := range fourColours.Pix {

@@ -88,7 +88,7 @@ func (d *decodedImage) render(w, h int) image.Image {
 
 func (d *decodedImage) renderGrey(w, h int, read func(y int) []byte) image.Image {
 	src, o := d.header, d.header.Orientation
-	out := image.NewGray(uprightRect(w, h, o))
+	out := d.buffers.grey(uprightRect(w, h, o))
 	g := newGrid(out.Pix, out.Stride, 1, w, h, o)
 	resample(read, 1, lumaAxis(src.Width, w), lumaAxis(src.Height, h), g.put)
 	return out
@@ -102,7 +102,7 @@ func uprightRect(w, h int, o orientation) image.Rectangle {
 // renderYCbCr resizes each plane as it is, without a detour by RGB.
 func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	o := d.header.Orientation
-	out := image.NewYCbCr(uprightRect(w, h, o), image.YCbCrSubsampleRatio420)
+	out := d.buffers.yCbCr(uprightRect(w, h, o))
 	var parts []func()
 	plane := func(dst, src []byte, dstStride, srcStride int, horizontal, vertical axis) {
 		g := newGrid(dst, dstStride, 1, len(horizontal.taps), len(vertical.taps), o)
@@ -178,7 +178,7 @@ func chromaAxis(src, dst, sub int, mirrored bool) axis {
 // resized is not premultiplied either, and so stays exact.
 func (d *decodedImage) renderNRGBA(w, h int) image.Image {
 	src, o := d.header, d.header.Orientation
-	out := image.NewNRGBA(uprightRect(w, h, o))
+	out := d.buffers.nrgba(uprightRect(w, h, o))
 	g := newGrid(out.Pix, out.Stride, 4, w, h, o)
 	read := d.rowReader()
 	if w == src.Width && h == src.Height {
@@ -358,13 +358,13 @@ func stretch(plane []byte, from, span, to int) {
 }
 
 // greyOf returns an opaque image's grey form, or nil if it has any colour.
-func greyOf(m *image.NRGBA) *image.Gray {
+func greyOf(m *image.NRGBA, b *buffers) *image.Gray {
 	for i := 0; i+4 <= len(m.Pix); i += 4 {
 		if m.Pix[i] != m.Pix[i+1] || m.Pix[i] != m.Pix[i+2] {
 			return nil
 		}
 	}
-	out := image.NewGray(m.Rect)
+	out := b.grey(m.Rect)
 	for i := range out.Pix {
 		out.Pix[i] = m.Pix[4*i]
 	}
@@ -396,8 +396,8 @@ func palettedOf(m *image.NRGBA) *image.Paletted {
 // planesOf converts an opaque image to YCbCr (JFIF 1.02) of half as many chroma
 // samples each way, each the mean of its four pixels'. The factors are JFIF's in
 // units of 1/65536; chroma's sum of four pixels is two bits longer.
-func planesOf(m *image.NRGBA) *image.YCbCr {
-	out := image.NewYCbCr(m.Rect, image.YCbCrSubsampleRatio420)
+func planesOf(m *image.NRGBA, b *buffers) *image.YCbCr {
+	out := b.yCbCr(m.Rect)
 	w, h := m.Rect.Dx(), m.Rect.Dy()
 	for y := range h {
 		row, luma := m.Pix[y*m.Stride:], out.Y[y*out.YStride:][:w]
@@ -410,10 +410,10 @@ func planesOf(m *image.NRGBA) *image.YCbCr {
 		upper, lower := m.Pix[2*y*m.Stride:], m.Pix[min(2*y+1, h-1)*m.Stride:]
 		for x := range (w + 1) / 2 {
 			left, right := 8*x, 4*min(2*x+1, w-1)
-			a, b, c, d := upper[left:][:3], upper[right:][:3], lower[left:][:3], lower[right:][:3]
-			red := int(a[0]) + int(b[0]) + int(c[0]) + int(d[0])
-			green := int(a[1]) + int(b[1]) + int(c[1]) + int(d[1])
-			blue := int(a[2]) + int(b[2]) + int(c[2]) + int(d[2])
+			p, q, r, s := upper[left:][:3], upper[right:][:3], lower[left:][:3], lower[right:][:3]
+			red := int(p[0]) + int(q[0]) + int(r[0]) + int(s[0])
+			green := int(p[1]) + int(q[1]) + int(r[1]) + int(s[1])
+			blue := int(p[2]) + int(q[2]) + int(r[2]) + int(s[2])
 			const middle, half = 128 << 18, 1 << 17
 			at := y*out.CStride + x
 			out.Cb[at] = uint8(min((-11056*red-21712*green+32768*blue+middle+half)>>18, 255))

@@ -27,15 +27,24 @@ const (
 
 // compressBytes takes an image file through the whole way.
 func compressBytes(data []byte, maxSide int) (compressedImage, error) {
-	h, err := readImageHeader(data, testPixels)
+	all, err := compressSizes(data, maxSide)
 	if err != nil {
 		return compressedImage{}, err
+	}
+	return all[0], nil
+}
+
+// compressSizes makes variants too.
+func compressSizes(data []byte, maxSide int, widths ...int) ([]compressedImage, error) {
+	h, err := readImageHeader(data, testPixels)
+	if err != nil {
+		return nil, err
 	}
 	d, err := decodeImage(data, h)
 	if err != nil {
-		return compressedImage{}, err
+		return nil, err
 	}
-	return compressImage(d, data, maxSide, testQuality)
+	return compressImage(d, data, maxSide, widths, testQuality)
 }
 
 // mustCompress also checks that the result is what it says it is.

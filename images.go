@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 )
 
@@ -111,31 +112,58 @@ ON CONFLICT (object_key) DO UPDATE SET delete_at = excluded.delete_at WHERE NOT 
 
 var errObjectBusy = errors.New("object is being deleted")
 
-// ReserveObject is called before an object is uploaded for a pending image. From
-// here on the object is garbage until SettleReady has the image refer to it, so
-// a crash in between leaves nothing behind for good. errNotFound as for PendingImage.
-func (s *store) ReserveObject(ctx context.Context, imageID int64, key string) error {
+// ReserveObject is called before objects are uploaded for a pending image. From
+// here on they are garbage until SettleReady has the image refer to them, so a
+// crash in between leaves nothing behind for good. One that the image refers to
+// already, since it is made again and came out the same, is none and stays so.
+// errNotFound as for PendingImage.
+func (s *store) ReserveObject(ctx context.Context, imageID int64, keys ...string) error {
 	err := s.InTx(ctx, func(tx querier) error {
-		var id int64
-		err := queryRow(ctx, tx, []any{&id}, `SELECT id FROM images WHERE id = $1 AND status = 'pending' FOR UPDATE`, imageID)
+		held, err := heldKeys(ctx, tx, imageID)
 		if err != nil {
 			return err
 		}
 		if leftOut("reservation") {
 			return nil
 		}
-		n, err := tx.Exec(ctx, reserveObject, key, s.now().Add(garbageGrace))
-		if err == nil && n == 0 {
-			return errObjectBusy
+		for _, key := range without(keys, held) {
+			n, err := tx.Exec(ctx, reserveObject, key, s.now().Add(garbageGrace))
+			if err == nil && n == 0 {
+				err = errObjectBusy
+			}
+			if err != nil {
+				return err
+			}
 		}
-		return err
+		return nil
 	})
-	return wrap(fmt.Sprintf("reserve object of image %d", imageID), err)
+	return wrap(fmt.Sprintf("reserve objects of image %d", imageID), err)
 }
 
-func discardObject(ctx context.Context, tx querier, key string, now time.Time) error {
-	_, err := tx.Exec(ctx, `INSERT INTO garbage (object_key, delete_at) VALUES ($1, $2) ON CONFLICT (object_key) DO NOTHING`, key, now)
-	return err
+const lockPending = selectPending + ` FOR UPDATE`
+
+// heldKeys locks a pending image and answers the keys that it refers to: none,
+// unless it is made again.
+func heldKeys(ctx context.Context, tx querier, imageID int64) ([]string, error) {
+	var i Image
+	err := queryRow(ctx, tx, imageTargets(&i), lockPending, imageID)
+	return i.keys(), err
+}
+
+// without answers those of all that are not in some.
+func without(all, some []string) []string {
+	return slices.DeleteFunc(slices.Clone(all), func(key string) bool { return slices.Contains(some, key) })
+}
+
+// discardObjects has objects deleted from the given time on.
+func discardObjects(ctx context.Context, tx querier, keys []string, at time.Time) error {
+	for _, key := range keys {
+		_, err := tx.Exec(ctx, `INSERT INTO garbage (object_key, delete_at) VALUES ($1, $2) ON CONFLICT (object_key) DO NOTHING`, key, at)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // errReservationLost says that the object was deleted as garbage before its
@@ -143,27 +171,67 @@ func discardObject(ctx context.Context, tx querier, key string, now time.Time) e
 var errReservationLost = errors.New("object reservation lost")
 
 const settleReady = `
-UPDATE images SET status = 'ready', object_key = $3, width = $4, height = $5, bytes = $6, source_bytes = $7,
-	ready_at = $8, run_at = NULL, lone_starts = 0, error_code = '', error_detail = ''
+UPDATE images SET status = 'ready', object_key = $3, width = $4, height = $5, bytes = $6, source_bytes = $7, variants = $8,
+	ready_at = $9, run_at = NULL, lone_starts = 0, error_code = '', error_detail = ''
 WHERE id = $1 AND status = 'pending' AND product_id = $2`
 
-// SettleReady makes the image refer to its stored object, as done carries it,
-// and answers the product's new version. errNotFound if the image is no longer
-// wanted or someone else has finished it: then nothing changes.
+// overtakenTime is how long the objects stay that an image referred to before it
+// was made again. Pages that show them are still about: an instance that missed
+// the news serves their URLs for CACHE_TTL, a minute if nobody has set it.
+const overtakenTime = 2 * time.Minute
+
+// SettleReady makes the image refer to its stored objects, as done carries them,
+// and answers the product's new version. What it referred to before becomes
+// garbage. errNotFound if the image is no longer wanted or someone else has
+// finished it: then nothing changes.
 func (s *store) SettleReady(ctx context.Context, job Job, done Image) (version int64, err error) {
 	version, err = s.settle(ctx, job.ProductID, func(tx querier) (int64, error) {
+		held, err := heldKeys(ctx, tx, job.ID)
+		if err != nil {
+			return 0, err
+		}
 		n, err := tx.Exec(ctx, settleReady, job.ID, job.ProductID,
-			done.Key, done.Width, done.Height, done.Bytes, done.SourceBytes, s.now())
+			done.Key, done.Width, done.Height, done.Bytes, done.SourceBytes, done.Variants.text(), s.now())
 		if err != nil || n == 0 {
 			return n, err
 		}
-		reserved, err := tx.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND NOT deleting`, done.Key)
-		if err == nil && reserved == 0 && !leftOut("reservation") {
-			return 0, errReservationLost
+		if err := claimObjects(ctx, tx, without(done.keys(), held)); err != nil {
+			return 0, err
 		}
-		return n, err
+		return n, discardObjects(ctx, tx, without(held, done.keys()), s.now().Add(overtakenTime))
 	})
 	return version, wrap(fmt.Sprintf("settle image %d", job.ID), err)
+}
+
+// claimObjects takes reserved objects out of the garbage.
+func claimObjects(ctx context.Context, tx querier, keys []string) error {
+	for _, key := range keys {
+		reserved, err := tx.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND NOT deleting`, key)
+		if err == nil && reserved == 0 && !leftOut("reservation") {
+			err = errReservationLost
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const lockImage = `SELECT ` + imageColumns + ` FROM images i WHERE i.id = $1 FOR UPDATE`
+
+// DiscardUnwanted has those objects of a worker deleted that came too late and to
+// which its image does not refer. They may be in the garbage no longer: another
+// worker with the same result was faster, and its objects are gone already.
+func (s *store) DiscardUnwanted(ctx context.Context, imageID int64, keys []string) error {
+	err := s.InTx(ctx, func(tx querier) error {
+		var i Image
+		err := queryRow(ctx, tx, imageTargets(&i), lockImage, imageID)
+		if err != nil && !errors.Is(err, errNotFound) {
+			return err
+		}
+		return discardObjects(ctx, tx, without(keys, i.keys()), s.now())
+	})
+	return wrap(fmt.Sprintf("discard objects of image %d", imageID), err)
 }
 
 // failure is a failed try of an image.

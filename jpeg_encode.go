@@ -17,8 +17,8 @@ import (
 
 // encodeJPEGPlanes encodes an *image.Gray or a 4:2:0 *image.YCbCr, whose
 // bounds begin at zero. quality is 1 to 100 and means what it does to libjpeg.
-func encodeJPEGPlanes(img image.Image, quality int) []byte {
-	e := newJPEGEncoder(img, quality)
+func encodeJPEGPlanes(img image.Image, quality int, b *buffers) []byte {
+	e := newJPEGEncoder(img, quality, b)
 	for row := range e.mcuRows {
 		e.encodeRow(row)
 	}
@@ -80,7 +80,7 @@ func jpegScript(components int) []jpegScan {
 	}
 }
 
-func newJPEGEncoder(img image.Image, quality int) *jpegEncoder {
+func newJPEGEncoder(img image.Image, quality int, b *buffers) *jpegEncoder {
 	e := &jpegEncoder{quantisers: make([]quantiser, 1, 2)}
 	e.quantisers[0] = newQuantiser(&lumaQuantisation, quality)
 	size := img.Bounds().Size()
@@ -99,6 +99,9 @@ func newJPEGEncoder(img image.Image, quality int) *jpegEncoder {
 	side := 8 * e.components[0].factor
 	e.mcuColumns, e.mcuRows = (size.X+side-1)/side, (size.Y+side-1)/side
 	e.scans = jpegScript(len(e.components))
+	for i := range e.scans {
+		e.scans[i].tokens.buffers = b
+	}
 	for i := range e.components {
 		c := &e.components[i]
 		c.columns, c.rows = (c.width+7)/8, (c.height+7)/8
@@ -230,8 +233,9 @@ func (s *jpegScan) put(table, symbol, extra, size int) {
 // extra bits follow the code (4 bits), the symbol (8 bits) and the extra bits (16).
 // It grows by pieces, so that growing copies nothing and holds nothing twice.
 type tokenList struct {
-	full [][]uint32
-	last []uint32
+	buffers *buffers
+	full    [][]uint32
+	last    []uint32
 }
 
 const tokenPiece = 8 << 10
@@ -247,7 +251,16 @@ func (l *tokenList) grow() {
 	if l.last != nil {
 		l.full = append(l.full, l.last)
 	}
-	l.last = make([]uint32, 0, tokenPiece)
+	l.last = l.buffers.tokenPiece()
+}
+
+// giveBack empties the list.
+func (l *tokenList) giveBack() {
+	for _, piece := range l.full {
+		l.buffers.giveBackTokens(piece)
+	}
+	l.buffers.giveBackTokens(l.last)
+	l.full, l.last = nil, nil
 }
 
 // assemble writes the file (T.81, annex B).
@@ -268,7 +281,7 @@ func (e *jpegEncoder) assemble(size image.Point) []byte {
 		out = appendHuffmanTables(out, s, tables[i][:s.tables])
 		out = appendScanHeader(out, s)
 		out = s.appendData(out, &tables[i])
-		s.tokens = tokenList{} // no longer needed
+		s.tokens.giveBack() // no longer needed
 	}
 	return append(out, 0xff, jpegEOI[0])
 }

@@ -51,7 +51,7 @@ func TestJPEGDecodesToItsSource(t *testing.T) {
 		for _, quality := range []int{1, 50, 80, 100} {
 			t.Run(fmt.Sprintf("%s at %d", name, quality), func(t *testing.T) {
 				t.Parallel()
-				got, err := jpeg.Decode(bytes.NewReader(encodeJPEGPlanes(m, quality)))
+				got, err := jpeg.Decode(bytes.NewReader(encodeJPEGPlanes(m, quality, nil)))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -103,7 +103,7 @@ func TestJPEGIsReadByLibjpeg(t *testing.T) {
 	for name, m := range jpegSources() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			data := encodeJPEGPlanes(m, testQuality)
+			data := encodeJPEGPlanes(m, testQuality, nil)
 			cmd := exec.Command(djpeg, "-strict", "-nosmooth", "-pnm")
 			cmd.Stdin = bytes.NewReader(data)
 			var warnings bytes.Buffer
@@ -142,7 +142,7 @@ func readPNM(t *testing.T, data []byte) image.Image {
 func TestJPEGIsSmallerThanTheStandardEncoders(t *testing.T) {
 	t.Parallel()
 	for name, m := range map[string]image.Image{"photo": photo(800, 600), "grey photo": greyPhoto(800, 600), "noise": noise(400, 300, 1)} {
-		ours, standard := len(encodeJPEGPlanes(m, testQuality)), len(encodedJPEG(t, m, testQuality))
+		ours, standard := len(encodeJPEGPlanes(m, testQuality, nil)), len(encodedJPEG(t, m, testQuality))
 		t.Logf("%s: %d bytes, the standard encoder's %d", name, ours, standard)
 		if ours >= standard {
 			t.Errorf("%s: %d bytes, the standard encoder's %d", name, ours, standard)
@@ -215,7 +215,7 @@ func BenchmarkJPEGEncode(b *testing.B) {
 	b.Run("ours", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
-			encodeJPEGPlanes(m, testQuality)
+			encodeJPEGPlanes(m, testQuality, nil)
 		}
 	})
 	b.Run("standard", func(b *testing.B) {

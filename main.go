@@ -75,6 +75,7 @@ func commands() []command {
 		{"dead show", "ID", "shows one with the history of its attempts", deadShowCommand},
 		{"dead replay", "ID... | -all | -code C -host H -user ID -since TIME  [-rate N] [-dry-run]", "queues dead letters anew: some, all, or those selected; at most N a second", deadReplayCommand},
 		{"dead discard", "ID...", "gives dead letters up for good", deadDiscardCommand},
+		{"reprocess", "PRODUCT... | -all | -host H -user ID  [-rate N] [-dry-run]", "makes images again after a setting changed: those of some products, all, or those selected; at most N a second", reprocessCommand},
 		{"version", "", "tells which build this is", versionCommand},
 	}
 }

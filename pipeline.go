@@ -35,6 +35,7 @@ type imageSettings struct {
 	Memory        int64
 	MaxPixels     int64
 	MaxSide       int
+	Variants      []int // widths, from the widest down
 	Quality       int
 	RetryAttempts int
 	RetryBase     time.Duration
@@ -57,6 +58,7 @@ type pipeline struct {
 	memory     *semaphore.Weighted            // bytes that decoded images hold
 	log        *slog.Logger
 	processors processors // made by Run
+	buffers    buffers
 }
 
 // How many images a worker of the CPU-bound stages keeps busy in the others,
@@ -76,9 +78,9 @@ type work struct {
 	source   []byte
 	header   imageHeader
 	decoded  *decodedImage
-	held     int64 // bytes of pipeline.memory
-	out      compressedImage
-	err      error // why the stages that follow have nothing to do
+	held     int64             // bytes of pipeline.memory
+	outputs  []compressedImage // the image, and then its variants
+	err      error             // why the stages that follow have nothing to do
 }
 
 // Run processes images until stop ends, and then those that it has in hand.
@@ -252,7 +254,7 @@ func (p *pipeline) admit(ctx context.Context, w *work) (err error) {
 	if w.header, err = readImageHeader(w.source, p.MaxPixels); err != nil {
 		return err
 	}
-	cost := w.header.costAt(p.MaxSide)
+	cost := w.header.costAt(p.MaxSide, p.Variants)
 	if cost > p.Memory {
 		return permanent("too_much_memory", "decoding this image takes %d bytes, more than IMAGE_MEMORY (%d)", cost, p.Memory)
 	}
@@ -268,13 +270,13 @@ func (p *pipeline) decode(_ context.Context, w *work) (err error) {
 		p.release(w)
 		return err
 	}
-	w.decoded.spread = p.processors.spread
+	w.decoded.spread, w.decoded.buffers = p.processors.spread, &p.buffers
 	return nil
 }
 
 func (p *pipeline) compress(_ context.Context, w *work) (err error) {
 	defer p.release(w)
-	w.out, err = compressImage(w.decoded, w.source, p.MaxSide, p.Quality)
+	w.outputs, err = compressImage(w.decoded, w.source, p.MaxSide, p.Variants, p.Quality)
 	return err
 }
 
@@ -285,26 +287,38 @@ func (p *pipeline) release(w *work) {
 	w.held = 0
 }
 
-// upload stores the compressed image under the key that it will have. The
-// reservation sees to it that nothing is left behind if the image is never
-// settled.
+// upload stores the compressed image and its variants under the keys that they
+// will have. The reservation of them all sees to it that nothing is left behind
+// if the image is never settled.
 func (p *pipeline) upload(ctx context.Context, w *work) error {
 	w.image.SourceBytes = int64(len(w.source))
 	w.source = nil
-	w.image.Width, w.image.Height, w.image.Bytes = w.out.Width, w.out.Height, int64(len(w.out.Data))
-	w.image.Key = blobKey(w.delivery.Job.ProductID, w.delivery.Job.ID, w.out.Data, w.out.Ext)
-	return p.storeObject(ctx, w)
+	w.image.Variants = nil
+	for n, out := range w.outputs {
+		key := blobKey(w.delivery.Job.ProductID, w.delivery.Job.ID, out.Data, out.Ext)
+		if n == 0 {
+			w.image.Key, w.image.Width, w.image.Height, w.image.Bytes = key, out.Width, out.Height, int64(len(out.Data))
+		} else {
+			w.image.Variants = append(w.image.Variants, variant{Width: out.Width, Key: key, Bytes: int64(len(out.Data))})
+		}
+	}
+	return p.storeObjects(ctx, w)
 }
 
-func (p *pipeline) storeObject(ctx context.Context, w *work) error {
+func (p *pipeline) storeObjects(ctx context.Context, w *work) error {
+	keys := w.image.keys()
 	return p.persist(ctx, w, func() error {
-		if err := p.store.ReserveObject(ctx, w.image.ID, w.image.Key); err != nil {
+		if err := p.store.ReserveObject(ctx, w.image.ID, keys...); err != nil {
 			return err
 		}
 		point("object reserved")
-		err := p.blobs.Put(ctx, w.image.Key, w.out.ContentType, w.out.Data)
-		point("object stored")
-		return err
+		for n, out := range w.outputs {
+			if err := p.blobs.Put(ctx, keys[n], out.ContentType, out.Data); err != nil {
+				return err
+			}
+			point("object stored")
+		}
+		return nil
 	})
 }
 
@@ -362,6 +376,12 @@ func (p *pipeline) putOff(ctx context.Context, w *work) error {
 // dead already goes where its worker would have sent it, had it not ended
 // between the commit and that. (What it does not know, deadKeeper mends.)
 func (p *pipeline) letGo(ctx context.Context, w *work) error {
+	if w.outputs != nil {
+		discard := func() error { return p.store.DiscardUnwanted(ctx, w.image.ID, w.image.keys()) }
+		if err := p.persist(ctx, w, discard); err != nil {
+			return errors.Join(err, p.giveBack(ctx, w))
+		}
+	}
 	if w.delivery.Redelivered {
 		dead, err := p.store.deadAmong(ctx, []int64{w.delivery.Job.ID})
 		if err == nil && dead[w.delivery.Job.ID] {
@@ -377,7 +397,7 @@ func (p *pipeline) settleReady(ctx context.Context, w *work) error {
 	err := p.persist(ctx, w, func() (err error) {
 		version, err = p.store.SettleReady(ctx, w.delivery.Job, w.image)
 		if errors.Is(err, errReservationLost) {
-			err = errors.Join(p.storeObject(ctx, w), err)
+			err = errors.Join(p.storeObjects(ctx, w), err)
 		}
 		return err
 	})
@@ -389,7 +409,7 @@ func (p *pipeline) settleReady(ctx context.Context, w *work) error {
 	countBytes(w.image)
 	p.invalidate(w.delivery.Job.ProductID, version)
 	w.log.Info("image ready", "attempt", w.image.Attempts+1, "duration", time.Since(w.started).Seconds(),
-		"width", w.image.Width, "height", w.image.Height, "bytes", w.image.Bytes, "source_bytes", w.image.SourceBytes)
+		"width", w.image.Width, "height", w.image.Height, "bytes", w.image.Bytes, "source_bytes", w.image.SourceBytes, "variants", len(w.image.Variants))
 	return nil
 }
 

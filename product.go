@@ -48,11 +48,12 @@ type Image struct {
 	Attempts    int    // failed tries so far
 	ErrorCode   string // of the last failed try, "" when there was none
 	ErrorDetail string
-	Key         string // of the stored object, "" until ready
+	Key         string // of the stored object, "" until ready for the first time
 	Width       int
 	Height      int
 	Bytes       int64 // of the stored object
 	SourceBytes int64 // of what was downloaded
+	Variants    variants
 }
 
 // Job is what the queue carries for one image. It is a hint: a worker reads

@@ -54,8 +54,10 @@ CREATE INDEX products_name_trigram ON products USING gin (name_folded gin_trgm_o
 --
 --   pending, run_at set    due at run_at, for the dispatcher to publish
 --   pending, run_at null   in the broker since published_at
---   ready                  stored under object_key
+--   ready                  stored under object_key, and smaller under those in variants
 --   failed                 a dead letter, unless discarded_at is set
+--
+-- An image that is made again, see reprocess.go, keeps what it has until then.
 CREATE TABLE images (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     product_id   bigint NOT NULL REFERENCES products ON DELETE CASCADE,
@@ -81,6 +83,7 @@ CREATE TABLE images (
     height       integer NOT NULL DEFAULT 0,
     bytes        bigint NOT NULL DEFAULT 0,
     source_bytes bigint NOT NULL DEFAULT 0,
+    variants     text NOT NULL DEFAULT '', -- JSON, see variants.go; empty if there are none
     request_id   text NOT NULL DEFAULT '', -- of the request that queued it
     traceparent  text NOT NULL DEFAULT ''
 ) WITH (fillfactor = 70);

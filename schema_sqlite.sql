@@ -68,6 +68,7 @@ CREATE TABLE images (
     height       INTEGER NOT NULL DEFAULT 0,
     bytes        INTEGER NOT NULL DEFAULT 0,
     source_bytes INTEGER NOT NULL DEFAULT 0,
+    variants     TEXT NOT NULL DEFAULT '',
     request_id   TEXT NOT NULL DEFAULT '',
     traceparent  TEXT NOT NULL DEFAULT ''
 );

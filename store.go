@@ -143,7 +143,8 @@ const productColumns = `p.id, p.user_id, p.product_name,
 
 const imageColumns = `coalesce(i.id, 0), coalesce(i.position, 0), coalesce(i.source, ''), coalesce(i.status, ''),
 	coalesce(i.attempts, 0), coalesce(i.error_code, ''), coalesce(i.error_detail, ''), coalesce(i.object_key, ''),
-	coalesce(i.width, 0), coalesce(i.height, 0), coalesce(i.bytes, 0), coalesce(i.source_bytes, 0)`
+	coalesce(i.width, 0), coalesce(i.height, 0), coalesce(i.bytes, 0), coalesce(i.source_bytes, 0),
+	coalesce(i.variants, '')`
 
 // scanTargets are where a row of productColumns goes.
 func scanTargets(p *Product, i *Image) []any {
@@ -153,7 +154,7 @@ func scanTargets(p *Product, i *Image) []any {
 
 func imageTargets(i *Image) []any {
 	return []any{&i.ID, &i.Position, &i.Source, &i.Status, &i.Attempts, &i.ErrorCode, &i.ErrorDetail, &i.Key,
-		&i.Width, &i.Height, &i.Bytes, &i.SourceBytes}
+		&i.Width, &i.Height, &i.Bytes, &i.SourceBytes, &i.Variants}
 }
 
 // scanProducts puts products together from rows of productColumns, in which a
@@ -424,10 +425,8 @@ func inOrder(kept, added []Image) []Image {
 // at one of them finds the row gone and its upload is deleted too.
 func dropImages(ctx context.Context, tx querier, dropped []Image, now time.Time) error {
 	for _, image := range dropped {
-		if image.Key != "" {
-			if err := discardObject(ctx, tx, image.Key, now); err != nil {
-				return err
-			}
+		if err := discardObjects(ctx, tx, image.keys(), now); err != nil {
+			return err
 		}
 		if _, err := tx.Exec(ctx, `DELETE FROM images WHERE id = $1`, image.ID); err != nil {
 			return err

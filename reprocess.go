@@ -1,0 +1,120 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Images that have been made are made again, since a setting has changed (or what
+// is at their URL). Until that is done they keep what they have: an image that is
+// pending and refers to objects shows these. When it is settled its old objects
+// become garbage, see SettleReady; when it fails it keeps them.
+
+// isMade is what makes an image one that can be made again, in SQL: it has been
+// made, and is not in work. One that failed when it was made again is a dead
+// letter, and also that, be it discarded.
+const isMade = `status <> 'pending' AND object_key <> ''`
+
+// madeFilter selects images that have been made; its zero value selects all.
+type madeFilter struct {
+	deadFilter         // by host, port and user alone
+	Products   []int64 // nil: of any
+}
+
+func (f madeFilter) where() (sql string, args []any) {
+	sql, args = f.deadFilter.where(isMade)
+	if f.Products != nil {
+		args = append(args, f.Products)
+		sql += fmt.Sprintf(" AND i.product_id = ANY($%d)", len(args))
+	}
+	return sql, args
+}
+
+// MadeImages reads a page of the ids of the images that f selects, after the
+// given one.
+func (s *store) MadeImages(ctx context.Context, f madeFilter, after int64, limit int) ([]int64, error) {
+	where, args := f.where()
+	args = append(args, after)
+	r, err := s.QueryOnce(ctx, fmt.Sprintf("SELECT i.id FROM images i WHERE %s AND i.id > $%d ORDER BY i.id LIMIT %d", where, len(args), limit), args...)
+	ids, err := collect(r, err, scanID)
+	return ids, wrap("list images", err)
+}
+
+// CountMade answers how many images f selects.
+func (s *store) CountMade(ctx context.Context, f madeFilter) (int, error) {
+	where, args := f.where()
+	n, err := s.countImages(ctx, where, args)
+	return n, wrap("count images", err)
+}
+
+const (
+	selectMadeProducts = `SELECT DISTINCT product_id FROM images WHERE id = ANY($1) AND ` + isMade
+
+	setMadeAnew = `
+UPDATE images SET status = 'pending', attempts = 0, lone_starts = 0, put_off = 0, run_at = $2,
+	failed_at = NULL, discarded_at = NULL, error_code = '', error_detail = ''`
+
+	reprocessMade = setMadeAnew + `
+WHERE id = ANY($1) AND ` + isMade + `
+RETURNING product_id`
+
+	reprocessProduct = setMadeAnew + `, request_id = $3, traceparent = $4
+WHERE product_id = $1 AND ` + isMade
+)
+
+// Reprocess queues those of the images anew that have been made and are not in
+// work. It answers how many they were, and the new versions of their products.
+func (s *store) Reprocess(ctx context.Context, ids []int64) (queued int, changed []productVersion, err error) {
+	queued, changed, err = s.queueAnew(ctx, ids, selectMadeProducts, reprocessMade)
+	if err != nil {
+		return 0, nil, fmt.Errorf("reprocess %d images: %w", len(ids), err)
+	}
+	return queued, changed, nil
+}
+
+// ReprocessProduct is Reprocess for all images of a product. If there are none
+// its version stays, and is 0 here. For allow see UpdateProduct.
+func (s *store) ReprocessProduct(ctx context.Context, id int64, from origin, allow func(Product) error) (queued, version int64, err error) {
+	err = s.InTx(ctx, func(tx querier) error {
+		p, err := lockedProduct(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		if err := allow(p); err != nil {
+			return err
+		}
+		now := s.now()
+		queued, err = tx.Exec(ctx, reprocessProduct, id, now, from.RequestID, from.Traceparent)
+		if err != nil || queued == 0 {
+			return err
+		}
+		version = p.Version + 1
+		_, err = tx.Exec(ctx, `UPDATE products SET version = $2, updated_at = $3 WHERE id = $1`, id, version, now)
+		return err
+	})
+	return queued, version, wrap(fmt.Sprintf("reprocess product %d", id), err)
+}
+
+// reprocess queues every image anew that the filter selects, each once; as replay
+// does with dead letters.
+func reprocess(ctx context.Context, db *store, f madeFilter, rate int, invalidate func(id, version int64)) (queued int, err error) {
+	page := func(after int64, limit int) ([]int64, error) { return db.MadeImages(ctx, f, after, limit) }
+	return inBatches(ctx, rate, page, func(ids []int64) (int, error) {
+		n, changed, err := db.Reprocess(ctx, ids)
+		tell(changed, invalidate)
+		return n, err
+	})
+}
+
+// checkProducts answers an error if one of some products is not there.
+func checkProducts(ctx context.Context, db *store, ids []int64) error {
+	for _, id := range ids {
+		if _, err := db.Product(ctx, id); errors.Is(err, errNotFound) {
+			return fmt.Errorf("product %d: %w", id, err)
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,35 @@
+package main
+
+import (
+	"context"
+	"net/http"
+)
+
+// reprocessedJSON answers how many images were queued anew.
+type reprocessedJSON struct {
+	Reprocessed int64 `json:"reprocessed"`
+}
+
+// reprocessImages has the images of a product made again. Those that are in work
+// are left alone, so pressing twice does no harm.
+func (s *server) reprocessImages(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	if _, err := readQuery(r.URL.RawQuery); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+	defer cancel()
+	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(r), allow(r))
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		s.invalidate(id, version)
+		s.afterReplay() // some of them may have been dead letters
+	}
+	writeJSON(w, http.StatusAccepted, reprocessedJSON{n})
+	return nil
+}
