@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -21,7 +22,7 @@ import (
 // each through the whole handler with request id, log line and metrics, against
 // a bare handler that writes the same bytes.
 //
-//	go test -run '^$' -bench Get -count 10 . | tee new.txt && benchstat new.txt
+//	make bench BENCH=Get
 func BenchmarkGet(b *testing.B) {
 	db, err := openPostgres(b.Context(), testDatabase(b))
 	if err != nil {
@@ -58,6 +59,8 @@ func BenchmarkGet(b *testing.B) {
 		{"uncached", benchmarkAPI(b, uncached, enc), nil, 200},
 		{"redis-down", benchmarkAPI(b, down, enc), nil, 200},
 		{"redis", benchmarkAPI(b, remote, enc), nil, 200},
+		{"plain", plainHandler(cached), nil, 200},
+		{"no-log", silentAPI(cached, enc), nil, 200},
 		{"client-side", benchmarkAPI(b, cached, enc), nil, 200},
 		{"in-process", benchmarkAPI(b, local, enc), nil, 200},
 		{"not-modified", benchmarkAPI(b, cached, enc), etag, 304},
@@ -66,6 +69,7 @@ func BenchmarkGet(b *testing.B) {
 		b.Run(c.name+"/handler", func(b *testing.B) {
 			b.ReportAllocs()
 			r := httptest.NewRequest("GET", path, nil)
+			r.SetPathValue("id", strconv.FormatInt(id, 10)) // for the one case without a router
 			r.Header = c.header.Clone()
 			if r.Header == nil {
 				r.Header = make(http.Header)
@@ -174,6 +178,53 @@ func benchmarkAPI(b *testing.B, products productReader, enc encoder) http.Handle
 		log: slog.New(slog.NewJSONHandler(logs, nil)),
 	}
 	return s.routes()
+}
+
+// silentAPI is benchmarkAPI without the log line: the difference is what that costs.
+func silentAPI(products productReader, enc encoder) http.Handler {
+	s := &server{products: products, encoder: enc, stopping: make(chan struct{}), log: slog.New(slog.DiscardHandler)}
+	return s.routes()
+}
+
+// plainHandler is the handler alone: no request id, no log line, no metrics, and
+// no router where the request has its path value.
+func plainHandler(products productReader) http.Handler {
+	s := &server{products: products}
+	get := func(w http.ResponseWriter, r *http.Request) {
+		if err := s.getProduct(w, r); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /products/{id}", get)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.PathValue("id") != "" {
+			get(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// BenchmarkObserve is what observing a request costs, by parts, but for the log
+// line, which is what client-side costs above no-log in BenchmarkGet.
+func BenchmarkObserve(b *testing.B) {
+	b.Run("request-id", func(b *testing.B) {
+		b.ReportAllocs()
+		r, header := httptest.NewRequest("GET", "/products/1", nil), make(http.Header)
+		for b.Loop() {
+			rec := &recorder{origin: readOrigin(r)}
+			rec.setHeader(header)
+			_ = r.WithContext(context.WithValue(r.Context(), recorderKey{}, rec))
+		}
+	})
+	b.Run("metrics", func(b *testing.B) {
+		b.ReportAllocs()
+		stats := newRouteStats("benchmark")
+		for start := time.Now(); b.Loop(); {
+			stats.count(http.StatusOK, time.Since(start))
+		}
+	})
 }
 
 // bareHandler is the limit: it knows the bytes and writes them.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/url"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -81,6 +82,7 @@ return 1
 // either: they expire with the entry itself, after ttl at most.
 type redisCache struct {
 	options rueidis.ClientOption
+	timeout time.Duration // redisTimeout, except in tests that have no use for it
 	ttl     time.Duration
 	log     *slog.Logger
 	put     *rueidis.Lua
@@ -117,6 +119,7 @@ func newRedisCache(redisURL string, ttl time.Duration, size int64, log *slog.Log
 	options.ConnWriteTimeout = redisWriteTimeout
 	return &redisCache{
 		options: options,
+		timeout: redisTimeout,
 		ttl:     ttl,
 		log:     log,
 		put:     rueidis.NewLuaScript(redisPut),
@@ -130,7 +133,7 @@ func (b *redisCache) Get(id int64) (cacheEntry, error) {
 	if conn == nil {
 		return cacheEntry{}, errCacheAway
 	}
-	op := &lazyTimeout{}
+	op := newLazyTimeout(b.timeout)
 	defer op.release()
 	result := conn.DoCache(op, conn.B().Get().Key(redisKey(id)).Cache(), b.ttl)
 	value, err := result.AsBytes()
@@ -154,7 +157,7 @@ func (b *redisCache) Put(id, version int64, body []byte) error {
 	if conn == nil {
 		return errCacheAway
 	}
-	op := &lazyTimeout{}
+	op := newLazyTimeout(b.timeout)
 	defer op.release()
 	err := b.put.Exec(op, conn, []string{redisKey(id)}, []string{
 		strconv.FormatInt(version, 10),
@@ -199,17 +202,17 @@ func (b *redisCache) failed(conn *redisConn, err error) error {
 		conn.answered()
 		return err
 	}
-	if conn.failedForGood(time.Now()) && b.live.CompareAndSwap(conn, nil) {
+	if conn.failedForGood(time.Now(), b.timeout) && b.live.CompareAndSwap(conn, nil) {
 		b.lost <- err
 	}
 	return err
 }
 
 // failedForGood counts a failure and reports whether it opens the breaker.
-func (c *redisConn) failedForGood(now time.Time) bool {
+func (c *redisConn) failedForGood(now time.Time, timeout time.Duration) bool {
 	c.since.CompareAndSwap(0, now.UnixNano())
 	first := c.since.Load()
-	return c.failures.Add(1) >= redisFailures && first != 0 && now.UnixNano()-first >= int64(redisTimeout)
+	return c.failures.Add(1) >= redisFailures && first != 0 && now.UnixNano()-first >= int64(timeout)
 }
 
 // Run keeps a connection to Redis until ctx ends. It logs when Redis goes away
@@ -283,26 +286,39 @@ func splitEntry(value []byte) cacheEntry {
 	return cacheEntry{version: version, body: body}
 }
 
-// lazyTimeout is a context that ends redisTimeout after anyone first asked it
+// lazyTimeout is a context that ends timeout after anyone first asked it
 // anything. rueidis does not when it has a local copy, so the fastest and most
 // frequent kind of read pays for no timer. It has no parent on purpose: readers
 // of one key share one fetch, and would share the cancellation of its first.
 type lazyTimeout struct {
-	armed  context.Context
-	cancel context.CancelFunc
+	timeout time.Duration
+	armed   context.Context
+	cancel  context.CancelFunc
 }
 
 func (l *lazyTimeout) arm() context.Context {
 	if l.armed == nil {
-		l.armed, l.cancel = context.WithTimeout(context.Background(), redisTimeout)
+		l.armed, l.cancel = context.WithTimeout(context.Background(), l.timeout)
 	}
 	return l.armed
 }
 
+// release ends the context. One that was never asked anything was not kept by
+// anyone either, and serves the next read.
 func (l *lazyTimeout) release() {
-	if l.cancel != nil {
-		l.cancel()
+	if l.cancel == nil {
+		idleTimeouts.Put(l)
+		return
 	}
+	l.cancel()
+}
+
+var idleTimeouts = sync.Pool{New: func() any { return new(lazyTimeout) }}
+
+func newLazyTimeout(timeout time.Duration) *lazyTimeout {
+	l := idleTimeouts.Get().(*lazyTimeout)
+	l.timeout = timeout
+	return l
 }
 
 // Deadline implements context.Context.

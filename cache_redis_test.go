@@ -41,7 +41,7 @@ func startOutage(t *testing.T, ids ...int64) *outage {
 	t.Helper()
 	o := &outage{server: startRedis(t), db: newShelf(ids...), log: new(strings.Builder)}
 	o.line = startProxy(t, o.server.addr())
-	o.backend = redisBackend(t, "redis://"+o.line.Addr, slog.New(slog.NewTextHandler(o, nil)))
+	o.backend = hastyRedis(t, "redis://"+o.line.Addr, slog.New(slog.NewTextHandler(o, nil)))
 	o.cache = startCache(t, o.db, o.backend)
 	return o
 }
@@ -60,7 +60,7 @@ func (o *outage) slowest(t *testing.T, ids int64) time.Duration {
 
 // scheduling is what a read may take on top of Redis' own timeout when the
 // machine is busy.
-const scheduling = 200 * time.Millisecond
+const scheduling = 500 * time.Millisecond
 
 func TestCacheOutages(t *testing.T) {
 	t.Parallel()
@@ -127,10 +127,10 @@ func TestCacheOutages(t *testing.T) {
 }
 
 // A Redis that hangs costs a read no more than 50 ms. A machine that does
-// something else meanwhile may spoil one measurement, but not each of five.
+// something else meanwhile may spoil measurements, but not each of twenty.
 func TestCacheHungRedisCostsAReadLittle(t *testing.T) {
 	t.Parallel()
-	const limit, reads, tries = 50 * time.Millisecond, 20, 5
+	const limit, reads, tries = 50 * time.Millisecond, 20, 20
 	ids := make([]int64, reads*tries)
 	for i := range ids {
 		ids[i] = int64(i + 1)
@@ -164,11 +164,7 @@ func TestCacheWriteThatNobodyIsToldOfShowsWithinTheTTL(t *testing.T) {
 	line := startProxy(t, server.addr())
 	db := newShelf(1)
 	open := func(redisURL string) *cache {
-		backend, err := newRedisCache(redisURL, ttl, cacheSize, quiet)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return startCache(t, db, backend)
+		return startCache(t, db, patientRedis(t, redisURL, ttl, cacheSize, quiet))
 	}
 	writer, other := open("redis://"+line.Addr), open(server.URL)
 	eventually(t, "the other instance has the product", func() bool { return mustRead(t, other, 1).Cached })
@@ -176,7 +172,7 @@ func TestCacheWriteThatNobodyIsToldOfShowsWithinTheTTL(t *testing.T) {
 	writer.Invalidate(1, db.commit(1))
 	committed := time.Now()
 	eventually(t, "the other instance shows the write", func() bool { return mustRead(t, other, 1).Version == 2 })
-	if lag := time.Since(committed); lag > ttl+scheduling {
+	if lag := time.Since(committed); lag > 2*ttl {
 		t.Errorf("took %v, the TTL is %v", lag, ttl)
 	}
 	if len(writer.floors.waiting(1)) == 0 {
@@ -188,10 +184,7 @@ func TestCacheSizeBoundsTheLocalCopies(t *testing.T) {
 	t.Parallel()
 	const size, body, products = 1 << 20, 50 << 10, 100
 	server := startRedis(t)
-	backend, err := newRedisCache(server.URL, cacheTTL, size, quiet)
-	if err != nil {
-		t.Fatal(err)
-	}
+	backend := patientRedis(t, server.URL, cacheTTL, size, quiet)
 	connected(t, backend)
 	for id := range int64(products) {
 		mustPut(t, backend, id, 1, make([]byte, body))
@@ -208,10 +201,10 @@ func TestCacheSizeBoundsTheLocalCopies(t *testing.T) {
 	}
 	client := dialRedis(t, server.URL)
 	defer client.Close()
-	list, err := client.Do(t.Context(), client.B().ClientList().Build()).ToString()
-	if err != nil || strings.Count(list, "name=pms") != 1 {
-		t.Errorf("the bound is that of one connection, but there are: %v\n%s", err, list)
-	}
+	eventually(t, "there is one connection, whose bound it is", func() bool {
+		list, err := client.Do(t.Context(), client.B().ClientList().Build()).ToString()
+		return err == nil && strings.Count(list, "name=pms") == 1
+	})
 }
 
 func TestCacheHungRedisOpensTheBreakerBetweenLocalHits(t *testing.T) {
@@ -234,7 +227,7 @@ func TestCacheWithoutRedisAtStart(t *testing.T) {
 	t.Parallel()
 	o := &outage{server: startRedis(t), db: newShelf(1), log: new(strings.Builder)}
 	o.server.Kill(t)
-	o.backend = redisBackend(t, o.server.URL, slog.New(slog.NewTextHandler(o, nil)))
+	o.backend = hastyRedis(t, o.server.URL, slog.New(slog.NewTextHandler(o, nil)))
 	o.cache = newCache(o.db, o.backend, cacheTTL, quiet)
 	runUntilEnd(t, o.cache.Run)
 	eventually(t, "the first try to connect has failed", func() bool { return o.logged("cache unavailable") == 1 })
@@ -299,7 +292,7 @@ func TestCacheFullRedisStillForgetsWhatIsOld(t *testing.T) {
 func TestCacheRedisThatRefusesIsNotAway(t *testing.T) {
 	t.Parallel()
 	server := startRedis(t)
-	backend := connected(t, redisBackend(t, server.URL, quiet))
+	backend := connected(t, hastyRedis(t, server.URL, quiet))
 	admin(t, server, "CONFIG", "SET", "maxmemory", "1")
 	conn := backend.live.Load()
 	for begin := time.Now(); time.Since(begin) < 3*redisTimeout; {
@@ -339,10 +332,7 @@ func TestCacheSendsItsLastMarkersAtTheEnd(t *testing.T) {
 func TestCacheMarkersOutliveLoads(t *testing.T) {
 	t.Parallel()
 	server := startRedis(t)
-	backend, err := newRedisCache(server.URL, 100*time.Millisecond, cacheSize, quiet)
-	if err != nil {
-		t.Fatal(err)
-	}
+	backend := patientRedis(t, server.URL, 100*time.Millisecond, cacheSize, quiet)
 	connected(t, backend)
 	mustPut(t, backend, 1, 1, []byte("body"))
 	mustPut(t, backend, 2, 1, nil)

@@ -92,6 +92,23 @@ func runUntilEnd(t testing.TB, run func(context.Context) error) {
 
 func redisBackend(t *testing.T, redisURL string, log *slog.Logger) *redisCache {
 	t.Helper()
+	return patientRedis(t, redisURL, cacheTTL, cacheSize, log)
+}
+
+// patientRedis is a backend that waits for a Redis that a busy machine makes slow.
+func patientRedis(t *testing.T, redisURL string, ttl time.Duration, size int64, log *slog.Logger) *redisCache {
+	t.Helper()
+	backend, err := newRedisCache(redisURL, ttl, size, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend.timeout, backend.options.ConnWriteTimeout = testPatience, testPatience
+	return backend
+}
+
+// hastyRedis is a backend as the program has it.
+func hastyRedis(t *testing.T, redisURL string, log *slog.Logger) *redisCache {
+	t.Helper()
 	backend, err := newRedisCache(redisURL, cacheTTL, cacheSize, log)
 	if err != nil {
 		t.Fatal(err)

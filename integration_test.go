@@ -25,8 +25,9 @@ import (
 	"time"
 )
 
-// settleTime is how long a test waits for what should happen soon.
-const settleTime = 60 * time.Second
+// settleTime is how long a test waits for what should happen soon, on a machine
+// that may be busy with other things.
+const settleTime = 2 * time.Minute
 
 // instance is a running program: one call of run, as main makes it, or a
 // process of its own.
@@ -658,7 +659,7 @@ func TestChangesReachTheOtherInstances(t *testing.T) {
 // A rush for a product that is in no cache costs each instance one query.
 func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 	t.Parallel()
-	const readers = 1000
+	readers := []int{1000, 100, 100} // an instance
 	pg := startPostgres(t)
 	env := environment(map[string]string{"DATABASE_URL": pg.URL, "REDIS_URL": testRedis(t), "AMQP_URL": testAMQP(t), "DATA_DIR": t.TempDir()})
 	seedUser(t, env)
@@ -666,8 +667,8 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 	path := fmt.Sprintf("/products/%d", apis[0].post(t).ID)
 	pg.Freeze(t) // so that all come before the first has its answer
 	var rush sync.WaitGroup
-	for _, api := range apis {
-		for range readers {
+	for n, api := range apis {
+		for range readers[n] {
 			rush.Go(func() {
 				if response, err := api.send("GET", path, nil, nil); err != nil || response.StatusCode != 200 {
 					t.Errorf("%v, %v", response, err)
@@ -675,14 +676,14 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 			})
 		}
 	}
-	for _, api := range apis {
-		eventually(t, "all readers wait", func() bool { return api.metric(t, "pms_cache_misses_total") == readers })
+	for n, api := range apis {
+		eventually(t, "all readers wait", func() bool { return api.metric(t, "pms_cache_misses_total") == float64(readers[n]) })
 	}
 	pg.Thaw(t)
 	rush.Wait()
 	for n, api := range apis {
 		if loads := api.metric(t, "pms_cache_loads_total"); loads != 1 {
-			t.Errorf("instance %d made %v queries for %d readers", n, loads, readers)
+			t.Errorf("instance %d made %v queries for %d readers", n, loads, readers[n])
 		}
 	}
 }
