@@ -31,7 +31,7 @@ func TestStoreReprocessKeepsTheOldUntilTheNewIsSettled(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a", "b")
-		jobs := publishDue(t, s)
+		jobs := inOrderOfID(publishDue(t, s))
 		finishWith(t, s, jobs[0], "main", "800", "320")
 		if queued, version := reprocessAll(t, s, p.ID); queued != 1 || version != 3 {
 			t.Errorf("queued %d anew, version %d; want the one that is made, version 3", queued, version)
@@ -194,7 +194,7 @@ func TestReprocessOverHTTP(t *testing.T) {
 	}
 	owner, stranger, admin := token(caller{1, false}), token(caller{other, false}), token(caller{other, true})
 	p := create(t, a.store, "a", "b")
-	jobs := publishDue(t, a.store)
+	jobs := inOrderOfID(publishDue(t, a.store))
 	finishWith(t, a.store, jobs[0], "main", "320")
 	path := fmt.Sprintf("/products/%d/images/reprocess", p.ID)
 	a.do(t, "POST", path, "").wantProblem(t, 401)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -178,6 +179,11 @@ func imageWith(keys ...string) Image {
 	return i
 }
 
+func inOrderOfID(jobs []Job) []Job {
+	slices.SortFunc(jobs, func(a, b Job) int { return cmp.Compare(a.ID, b.ID) })
+	return jobs
+}
+
 // finishWith has the image of a job made with variants, as a worker would.
 func finishWith(t *testing.T, s *store, job Job, keys ...string) (version int64) {
 	t.Helper()
@@ -195,7 +201,7 @@ func TestStoreKeepsVariantsWithTheirImage(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a", "b")
-		jobs := publishDue(t, s)
+		jobs := inOrderOfID(publishDue(t, s))
 		finishWith(t, s, jobs[0], "main", "800", "320")
 		finishWith(t, s, jobs[1], "alone")
 		got, err := s.Product(t.Context(), p.ID)
