@@ -212,7 +212,7 @@ func TestHostileImages(t *testing.T) {
 	if len(all) < 80 {
 		t.Errorf("%d images", len(all))
 	}
-	const memory, slack = 96 << 20, 96 << 20 // sources on their way, and what the collector has not taken yet
+	const memory, slack = 112 << 20, 96 << 20 // sources on their way, and what the collector has not taken yet
 	photos := newPhotoServer(t)
 	api := startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir(), "IMAGE_MEMORY": fmt.Sprint(memory), "IMAGE_WORKERS": "2"}))
 	api.settled(t, api.post(t, photos.serve("/first", encodedJPEG(t, photo(64, 64), 80))).ID)

@@ -193,7 +193,7 @@ func TestReprocessOverHTTP(t *testing.T) {
 		return "Bearer " + token
 	}
 	owner, stranger, admin := token(caller{1, false}), token(caller{other, false}), token(caller{other, true})
-	p := create(t, a.store, "a", "b")
+	p := create(t, a.store, "https://a.example/a", "https://a.example/b")
 	jobs := inOrderOfID(publishDue(t, a.store))
 	finishWith(t, a.store, jobs[0], "main", "320")
 	path := fmt.Sprintf("/products/%d/images/reprocess", p.ID)

@@ -37,8 +37,8 @@ func TestVariantsLookLikeTheImage(t *testing.T) {
 		"cmyk.jpg":              {edges, "jpg", "colour"},
 		"interlaced-16-bit.png": {edges, "jpg", "colour"},
 		"grey-16-bit.png":       {photos, "jpg", "grey"},
-		"alpha.png":             {1, "png", "alpha"},
-		"palette.gif":           {1, "png", "alpha"},
+		"alpha.png":             {2, "png", "alpha"},
+		"palette.gif":           {2, "png", "alpha"},
 		"lossy-alpha.webp":      {2, "png", "alpha"},
 	} {
 		t.Run(name, func(t *testing.T) {
