@@ -67,7 +67,7 @@ func TestIdempotencyKeyInFlight(t *testing.T) {
 	<-working
 	a.do(t, "POST", "/products", shoe, "Idempotency-Key", "k").wantProblem(t, 409)
 	a.wake = func() {}
-	theirs := strings.Replace(shoe, `"user_id":1`, fmt.Sprintf(`"user_id":%d`, user), 1)
+	theirs := strings.Replace(shoe, `"user_id": 1`, fmt.Sprintf(`"user_id": %d`, user), 1)
 	if got := a.do(t, "POST", "/products", theirs, "Idempotency-Key", "k"); got.Code != http.StatusCreated {
 		t.Errorf("another user's: %d %s", got.Code, got.Body)
 	}

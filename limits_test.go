@@ -207,17 +207,20 @@ func TestSlowConnectionsAreClosed(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				client, end := servePipe(func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
 				defer end()
-				go func() { // ends with the connection
+				var sending sync.WaitGroup
+				sending.Go(func() { // ends with the connection
 					io.WriteString(client, c.send)
 					for err := error(nil); c.every > 0 && err == nil; _, err = io.WriteString(client, "x") {
 						time.Sleep(c.every) // the bubble's clock
 					}
-				}()
+				})
 				start := time.Now()
 				io.Copy(io.Discard, client)
 				if took := time.Since(start); took < c.want || took > c.want+time.Second {
 					t.Errorf("the connection ended after %v, want %v", took, c.want)
 				}
+				client.Close()
+				sending.Wait()
 			})
 		})
 	}
