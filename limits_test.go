@@ -206,9 +206,10 @@ func TestSlowConnectionsAreClosed(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				client, end := servePipe(func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
+				var sender sync.WaitGroup
+				defer sender.Wait()
 				defer end()
-				var sending sync.WaitGroup
-				sending.Go(func() { // ends with the connection
+				sender.Go(func() { // ends with the connection
 					io.WriteString(client, c.send)
 					for err := error(nil); c.every > 0 && err == nil; _, err = io.WriteString(client, "x") {
 						time.Sleep(c.every) // the bubble's clock
@@ -219,8 +220,6 @@ func TestSlowConnectionsAreClosed(t *testing.T) {
 				if took := time.Since(start); took < c.want || took > c.want+time.Second {
 					t.Errorf("the connection ended after %v, want %v", took, c.want)
 				}
-				client.Close()
-				sending.Wait()
 			})
 		})
 	}
