@@ -219,7 +219,7 @@ func TestSumsAreComparedWhole(t *testing.T) {
 		for _, look := range []struct {
 			sum  tokenSum
 			want error
-		}{{sum, nil}, {other, errNotFound}, {sum, nil}} {
+		}{{sum, nil}, {other, errNotFound}} {
 			if _, err := c.look(t.Context(), look.sum, s.TokenCaller); !errors.Is(err, look.want) {
 				t.Errorf("in memory: %v, want %v", err, look.want)
 			}

@@ -250,6 +250,7 @@ func hostileBytes() []hostileRequest {
 		{"a chunk ended by a bare LF", chunked("Transfer-Encoding: chunked\r\n", "2\n{}\r\n0\r\n\r\n"), 400, ""},
 		{"a chunk extension of 1 MiB", chunked("Transfer-Encoding: chunked\r\n", "2;"+strings.Repeat("x", 1<<20)+"\r\n{}\r\n0\r\n\r\n"), 400, ""},
 		{"a million tiny chunks", chunked("Transfer-Encoding: chunked\r\n", strings.Repeat("1;xxxxxxxxxxxxxxxxxxx\r\n{\r\n", 60_000)+"0\r\n\r\n"), 400, ""},
+		{"chunks of 2 MiB", chunked("Transfer-Encoding: chunked\r\n", strings.Repeat("100000\r\n"+strings.Repeat(" ", 1<<20)+"\r\n", 2)+"0\r\n\r\n"), 413, ""},
 		{"a trailer that is a header", chunked("Transfer-Encoding: chunked\r\nTrailer: Authorization\r\n", strings.Replace(chunk, "0\r\n\r\n", "0\r\nAuthorization: x\r\n\r\n", 1)), 201, ""},
 		{"an upgrade", "GET /products/0 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n", 404, ""},
 		{"an upgrade to h2c", "GET /products/0 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n", 404, ""},
@@ -331,7 +332,7 @@ func checkHostileAnswer(hostile hostileRequest, answer *http.Response, body []by
 	}
 	var p problem
 	if err := json.Unmarshal(body, &p); err != nil || answer.Header.Get("Content-Type") != "application/problem+json" ||
-		p.Status != answer.StatusCode || p.RequestID != id || p.Title == "" || p.Detail == "" || len(body) > 1<<20 {
+		p.Status != answer.StatusCode || p.RequestID != id || p.Title == "" || p.Detail == "" || len(body) > 64<<10 {
 		return fmt.Errorf("not a whole problem document (%v), %s", err, answer.Header.Get("Content-Type"))
 	}
 	return nil

@@ -332,4 +332,9 @@ func TestMostScans(t *testing.T) {
 			t.Errorf("%d×%d, progressive %v: %d scans, want %d", c.frame.width, c.frame.height, c.frame.progressive, got, c.want)
 		}
 	}
+	for scans, want := range map[int]string{100: "", 101: "too_many_scans"} {
+		if _, err := readImageHeader(manyScans(64, scans), testPixels); err == nil && want != "" || err != nil && errorCode(err) != want {
+			t.Errorf("%d scans: %v, want %q", scans, err, want)
+		}
+	}
 }
