@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/url"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -132,7 +133,7 @@ func (b *redisCache) Get(id int64) (cacheEntry, error) {
 	if conn == nil {
 		return cacheEntry{}, errCacheAway
 	}
-	op := &lazyTimeout{timeout: b.timeout}
+	op := newLazyTimeout(b.timeout)
 	defer op.release()
 	result := conn.DoCache(op, conn.B().Get().Key(redisKey(id)).Cache(), b.ttl)
 	value, err := result.AsBytes()
@@ -156,7 +157,7 @@ func (b *redisCache) Put(id, version int64, body []byte) error {
 	if conn == nil {
 		return errCacheAway
 	}
-	op := &lazyTimeout{timeout: b.timeout}
+	op := newLazyTimeout(b.timeout)
 	defer op.release()
 	err := b.put.Exec(op, conn, []string{redisKey(id)}, []string{
 		strconv.FormatInt(version, 10),
@@ -302,10 +303,22 @@ func (l *lazyTimeout) arm() context.Context {
 	return l.armed
 }
 
+// release ends the context. One that was never asked anything was not kept by
+// anyone either, and serves the next read.
 func (l *lazyTimeout) release() {
-	if l.cancel != nil {
-		l.cancel()
+	if l.cancel == nil {
+		idleTimeouts.Put(l)
+		return
 	}
+	l.cancel()
+}
+
+var idleTimeouts = sync.Pool{New: func() any { return new(lazyTimeout) }}
+
+func newLazyTimeout(timeout time.Duration) *lazyTimeout {
+	l := idleTimeouts.Get().(*lazyTimeout)
+	l.timeout = timeout
+	return l
 }
 
 // Deadline implements context.Context.
