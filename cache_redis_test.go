@@ -39,9 +39,14 @@ func (o *outage) logged(message string) int {
 
 func startOutage(t *testing.T, ids ...int64) *outage {
 	t.Helper()
+	return startOutageOf(t, hastyRedis, ids...)
+}
+
+func startOutageOf(t *testing.T, open func(*testing.T, string, *slog.Logger) *redisCache, ids ...int64) *outage {
+	t.Helper()
 	o := &outage{server: startRedis(t), db: newShelf(ids...), log: new(strings.Builder)}
 	o.line = startProxy(t, o.server.addr())
-	o.backend = hastyRedis(t, "redis://"+o.line.Addr, slog.New(slog.NewTextHandler(o, nil)))
+	o.backend = open(t, "redis://"+o.line.Addr, slog.New(slog.NewTextHandler(o, nil)))
 	o.cache = startCache(t, o.db, o.backend)
 	return o
 }
@@ -274,7 +279,7 @@ func TestCacheFlushedRedis(t *testing.T) {
 
 func TestCacheFullRedisStillForgetsWhatIsOld(t *testing.T) {
 	t.Parallel()
-	o := startOutage(t, 1)
+	o := startOutageOf(t, redisBackend, 1)
 	other := startCache(t, o.db, redisBackend(t, o.server.URL, quiet))
 	eventually(t, "both have product 1", func() bool {
 		return mustRead(t, o.cache, 1).Cached && mustRead(t, other, 1).Cached

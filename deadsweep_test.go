@@ -345,28 +345,24 @@ func TestDeadQueueThatIsLong(t *testing.T) {
 			t.Fatal(refused, err)
 		}
 	}
-	sweep := func(stays bool) (seen map[int64]bool) {
-		t.Helper()
+	sweep := func(stays bool) (seen map[int64]bool, err error) {
 		seen = make(map[int64]bool)
-		err := q.SweepDead(t.Context(), func(_ context.Context, copies []deadCopy) ([]bool, error) {
+		err = q.SweepDead(t.Context(), func(_ context.Context, copies []deadCopy) ([]bool, error) {
 			stay := make([]bool, len(copies))
 			for n, c := range copies {
 				seen[c.Job.ID], stay[n] = true, stays
 			}
 			return stay, nil
 		}, func(func(Job, error) bool) {})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return seen
+		return seen, err
 	}
-	if seen := sweep(true); len(seen) != long {
-		t.Errorf("saw %d of %d copies", len(seen), long)
-	}
+	eventually(t, "all are read", func() bool { seen, err := sweep(true); return err == nil && len(seen) == long })
 	eventually(t, "all are back", func() bool { n, err := q.DeadCopies(t.Context()); return err == nil && n == long })
 	ch := rawChannel(t, url)
 	eventually(t, "none is left", func() bool {
-		sweep(false)
+		if _, err := sweep(false); err != nil {
+			return false
+		}
 		message, ok, err := ch.Get(deadQueueName, false)
 		if err != nil {
 			t.Fatal(err)

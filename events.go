@@ -35,13 +35,13 @@ func (s *server) productEvents(w http.ResponseWriter, r *http.Request) error {
 	if err := w.(*recorder).enter(&s.limits.streaming); err != nil {
 		return err
 	}
-	w.Header().Set("Content-Type", "text/event-stream")
-	w.Header().Set("Cache-Control", "no-store")
 	stream := eventStream{w: w, control: http.NewResponseController(w)}
 	// The server's read timeout is for requests; here it would end the stream.
 	if err := stream.control.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
+	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("Cache-Control", "no-store")
 	if stream.write(":\n\n") != nil { // so that the client knows at once that it is connected
 		return nil
 	}
