@@ -216,7 +216,7 @@ func (c *crash) settledRows(t *testing.T) {
 func (c *crash) live(t *testing.T) {
 	good, flaky := c.photos.serve("/good", jpegPhoto(t, 50, 40)), c.photos.serve("/flaky", jpegPhoto(t, 60, 40), 503)
 	gone, text := c.photos.URL+"/gone", c.photos.serve("/text", []byte("no image"))
-	p := c.create(t, "first", good, flaky, gone, text)
+	p := c.createPublished(t, "first", good, flaky, gone, text)
 	brief := c.create(t, "second", c.photos.URL+"/good")
 	c.settledRows(t)
 	c.photos.serve("/gone", jpegPhoto(t, 70, 40))
@@ -264,6 +264,23 @@ func (c *crash) create(t *testing.T, key string, sources ...string) (p shown) {
 	t.Helper()
 	body := map[string]any{"user_id": 1, "product_name": key, "product_price": 1, "product_images": sources}
 	c.insist(t, "POST", "/products", body, http.Header{"Idempotency-Key": {key}}, &p, http.StatusCreated)
+	return p
+}
+
+// createPublished has the images downloaded only when all their rows say that
+// they are published: until then a dispatcher would repeat whatever is lost.
+func (c *crash) createPublished(t *testing.T, key string, sources ...string) shown {
+	t.Helper()
+	for _, source := range sources {
+		release := c.photos.holdBack(strings.TrimPrefix(source, c.photos.URL))
+		defer release()
+	}
+	p := c.create(t, key, sources...)
+	eventually(t, "the images are published", func() bool {
+		c.succeed(t)
+		n, err := c.auditor.count(t.Context(), fmt.Sprintf("product_id = %d AND %s", p.ID, published))
+		return err == nil && n == len(sources)
+	})
 	return p
 }
 
