@@ -17,7 +17,7 @@ func TestEveryOperationRefusesAsDocumented(t *testing.T) {
 	t.Parallel()
 	refusals := map[int]func(*testing.T, *documentedOperation) answer{
 		400: malformed, 401: withoutToken, 403: asStranger, 404: ofNothing, 412: ofAnotherVersion, 413: tooLarge,
-		415: ofAnotherType, 422: withWrongValue, 500: withoutTokenTable, 503: withoutDatabase,
+		415: ofAnotherType, 422: withWrongValue, 429: tooOften, 500: withoutTokenTable, 503: withoutDatabase,
 	}
 	for pattern, op := range described(t).operations {
 		for status, refused := range refusals {
@@ -163,6 +163,20 @@ func withWrongValue(t *testing.T, op *documentedOperation) answer {
 	}
 	t.Fatalf("%s has no parameter with a least value", op.pattern())
 	return answer{}
+}
+
+// tooOften sends requests until the token has none left, and then the operation's;
+// all over again if a slow machine has given it one back meanwhile.
+func tooOften(t *testing.T, op *documentedOperation) (got answer) {
+	a := newTokenAPI(t)
+	a.limits.set(limitSettings{RateLimit: 1})
+	eventually(t, "the token has sent too many requests", func() bool {
+		for a.do(t, "GET", "/products", "", "Authorization", a.admin).Code != http.StatusTooManyRequests {
+		}
+		got = a.do(t, op.method, op.target(nil), op.body(t), "Authorization", a.admin)
+		return got.Code == http.StatusTooManyRequests
+	})
+	return got
 }
 
 // withoutTokenTable makes the look at the caller's token fail as nobody foresaw.
