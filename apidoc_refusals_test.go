@@ -58,14 +58,7 @@ func newTokenAPI(t *testing.T) tokenAPI {
 	a.media, a.authOn = files.serve, true
 	a.handler = a.routes()
 	other := addUser(t, a.store)
-	token := func(of caller) string {
-		token, err := a.store.CreateToken(t.Context(), of)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return "Bearer " + token
-	}
-	out := tokenAPI{a, token(caller{other, false}), token(caller{other, true})}
+	out := tokenAPI{a, tokenOf(t, a, caller{other, false}), tokenOf(t, a, caller{other, true})}
 	if got := out.do(t, "POST", "/products", shoe, "Authorization", out.admin); got.Code != 201 {
 		t.Fatalf("POST /products: %d %s", got.Code, got.Body)
 	}

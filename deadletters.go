@@ -132,9 +132,12 @@ const (
 	// In order, so that of two replays neither waits for the other's product.
 	lockProducts = `SELECT id FROM products WHERE id = ANY($1) ORDER BY id FOR UPDATE`
 
-	replayDead = `
+	// setAnew has an image start from the beginning, at $2.
+	setAnew = `
 UPDATE images SET status = 'pending', attempts = 0, lone_starts = 0, put_off = 0, run_at = $2,
-	failed_at = NULL, error_code = '', error_detail = ''
+	failed_at = NULL, discarded_at = NULL, error_code = '', error_detail = ''`
+
+	replayDead = setAnew + `
 WHERE id = ANY($1) AND ` + isDead + `
 RETURNING product_id`
 

@@ -468,14 +468,7 @@ func TestAuthentication(t *testing.T) {
 	a := newAPI(t)
 	a.authOn = true
 	other := addUser(t, a.store)
-	token := func(of caller) string {
-		token, err := a.store.CreateToken(t.Context(), of)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return "Bearer " + token
-	}
-	owner, stranger, admin := token(caller{1, false}), token(caller{other, false}), token(caller{other, true})
+	owner, stranger, admin := tokenOf(t, a, caller{1, false}), tokenOf(t, a, caller{other, false}), tokenOf(t, a, caller{other, true})
 
 	refused := a.do(t, "POST", "/products", shoe)
 	refused.wantProblem(t, 401)

@@ -51,15 +51,11 @@ func (s *store) CountMade(ctx context.Context, f madeFilter) (int, error) {
 const (
 	selectMadeProducts = `SELECT DISTINCT product_id FROM images WHERE id = ANY($1) AND ` + isMade
 
-	setMadeAnew = `
-UPDATE images SET status = 'pending', attempts = 0, lone_starts = 0, put_off = 0, run_at = $2,
-	failed_at = NULL, discarded_at = NULL, error_code = '', error_detail = ''`
-
-	reprocessMade = setMadeAnew + `
+	reprocessMade = setAnew + `
 WHERE id = ANY($1) AND ` + isMade + `
 RETURNING product_id`
 
-	reprocessProduct = setMadeAnew + `, request_id = $3, traceparent = $4
+	reprocessProduct = setAnew + `, request_id = $3, traceparent = $4
 WHERE product_id = $1 AND ` + isMade
 )
 
