@@ -198,13 +198,26 @@ func (l loadClient) parsedAnswer(conn net.Conn, request *http.Request, buf []byt
 	return copy(buf, raw.Bytes()), err
 }
 
-// benchmarkPaced sends at a rate that leaves the server idle most of the time,
-// and reports how long the answers take.
-func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status int) {
+// benchmarkPaced sends at a rate, in requests a second, and reports how long the
+// answers take.
+func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status, rate int) {
 	web := httptest.NewServer(h)
 	defer web.Close()
 	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: max(b.N, loadConnections)}
-	report(b, load.runPaced(b, pacedRate))
+	report(b, load.runPaced(b, rate))
+}
+
+// saturation is how many requests a second a handler answers at most, on this
+// machine, of which the client takes its part.
+func saturation(b *testing.B, h http.Handler) int {
+	web := httptest.NewServer(h)
+	defer web.Close()
+	load := loadClient{Addr: web.Listener.Addr().String(), Status: 200, Products: loadConnections, Requests: 100_000}
+	began := time.Now()
+	load.run(b)
+	rate := int(float64(load.Requests) / time.Since(began).Seconds())
+	b.Logf("a hit with everything on is answered %d times a second", rate)
+	return rate
 }
 
 func report(b *testing.B, seen latencies) {

@@ -243,14 +243,7 @@ func BenchmarkList(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		b.Cleanup(db.Close)
-		s := newStore(db)
-		if err := s.Migrate(b.Context()); err != nil {
-			b.Fatal(err)
-		}
-		if _, err := s.AddUser(b.Context(), "Ann", "ann@example.com"); err != nil {
-			b.Fatal(err)
-		}
+		s := migratedStore(b, db)
 		fillCatalogue(b, db, size)
 		return s
 	}

@@ -35,7 +35,7 @@ func eachStore(t *testing.T, test func(t *testing.T, s *store)) {
 }
 
 // migratedStore is a store whose database has the schema and user 1.
-func migratedStore(t *testing.T, db database) *store {
+func migratedStore(t testing.TB, db database) *store {
 	t.Helper()
 	t.Cleanup(db.Close)
 	s := newStore(db)
@@ -48,7 +48,7 @@ func migratedStore(t *testing.T, db database) *store {
 	return s
 }
 
-func addUser(t *testing.T, s *store) int64 {
+func addUser(t testing.TB, s *store) int64 {
 	t.Helper()
 	id, err := s.AddUser(t.Context(), "Ann", fmt.Sprintf("ann%d@example.com", rand.Int64()))
 	if err != nil {
