@@ -23,7 +23,7 @@ test:
 
 unit:
 	@$(call phase,go test -race)
-	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 4 -timeout 14m ./...
+	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 8 -timeout 14m ./...
 
 ## servers: PostgreSQL, Redis, RabbitMQ and a browser, from the distribution's packages
 servers:

@@ -58,9 +58,9 @@ func TestConsoleIsServed(t *testing.T) {
 }
 
 // The whole console in a real browser, at the width of a phone and of a desk, in
-// light and dark: console_test.mjs walks through it. It has the machine to itself,
-// since it says how soon the page is painted.
+// light and dark: console_test.mjs walks through it.
 func TestConsoleInABrowser(t *testing.T) {
+	t.Parallel()
 	node, chromium := browser(t)
 	photos := newPhotoServer(t)
 	servePhotos(t, photos)

@@ -25,7 +25,7 @@ func TestAuditorNoticesWhatIsMissing(t *testing.T) {
 	}{
 		"what was sent never arrives":       {"confirms", (*control).loseInTransit, func(v findings) int { return v.Lost }},
 		"a worker dies before its commit":   {"commit before ack", (*control).dieBeforeCommit, func(v findings) int { return v.Lost }},
-		"the queue is deleted":              {"reconciler", (*control).deleteQueue, func(v findings) int { return v.Lost }},
+		"the queue is deleted":              {"refill", (*control).deleteQueue, func(v findings) int { return v.Lost }},
 		"a worker dies after its upload":    {"reservation", (*control).dieAfterUpload, func(v findings) int { return v.Orphans }},
 		"an image is dead, nothing is hurt": {"commit before ack", (*control).letOneFail, func(v findings) int { return v.Disagreeing }},
 	}

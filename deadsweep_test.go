@@ -29,8 +29,7 @@ func newBurial(t *testing.T, url string) *burial {
 		t.Fatal(err)
 	}
 	b := &burial{store: migratedStore(t, db)}
-	refill := func(ctx context.Context) (int64, error) { return b.store.RequeuePublished(ctx, 0) }
-	b.queue = runQueue(t, newRabbitQueue(url, refill, testLog(t)))
+	b.queue = runQueue(t, newRabbitQueue(url, b.store.RequeueAll, testLog(t)))
 	b.keeper = newDeadKeeper(b.store, b.queue, func(int64, int64) {}, func() {}, testLog(t))
 	b.keeper.grace = 0
 	b.in, b.ch = consume(t, b.queue, 1), rawChannel(t, url)

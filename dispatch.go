@@ -33,7 +33,7 @@ type jobSource interface {
 	// it published.
 	DispatchDue(ctx context.Context, limit int, publish func(context.Context, []Job) (refused []Job, err error)) (published int, err error)
 	// RequeuePublished makes every published and unfinished job whose publishing
-	// is older than age due again (age 0: all), and returns how many.
+	// is older than age due again, and returns how many.
 	RequeuePublished(ctx context.Context, age time.Duration) (int64, error)
 }
 

@@ -26,11 +26,11 @@ UPDATE images SET run_at = $2, claim = $3 WHERE id IN (SELECT id FROM due)
 RETURNING id, product_id, request_id, traceparent`
 
 const refuseClaimed = `
-UPDATE images SET run_at = $1
+UPDATE images SET run_at = $1, claim = 0
 WHERE status = 'pending' AND run_at = $2 AND claim = $3 AND id = $4`
 
 const finishClaim = `
-UPDATE images SET run_at = NULL, published_at = $1
+UPDATE images SET run_at = NULL, published_at = $1, claim = 0
 WHERE status = 'pending' AND run_at = $2 AND claim = $3`
 
 // refusedDelay is the wait before a job that the broker refused is tried again.
@@ -76,16 +76,29 @@ func scanJob(r rows) (Job, error) {
 	return j, err
 }
 
+const requeueAll = `
+UPDATE images SET run_at = $1, claim = 0
+WHERE status = 'pending' AND (run_at IS NULL OR run_at IS NOT NULL AND claim <> 0)`
+
+// RequeueAll makes every unfinished job that was published due again: for a
+// queue that begins empty. That includes what is claimed right now. It may have
+// gone to the queue that is no more, which RabbitMQ confirms all the same, and its
+// dispatcher, whose lease this takes away, then does not mark it as published.
+func (s *store) RequeueAll(ctx context.Context) (int64, error) {
+	if leftOut("refill") {
+		return 0, nil
+	}
+	n, err := s.Exec(ctx, requeueAll, s.now())
+	return n, wrap("requeue all published images", err)
+}
+
 const requeuePublished = `
 UPDATE images SET run_at = $1
 WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2`
 
 // RequeuePublished makes every unfinished job that was published at least age
-// ago due again: for when the broker has lost them.
+// ago due again: for what the broker has lost from a queue that stands.
 func (s *store) RequeuePublished(ctx context.Context, age time.Duration) (int64, error) {
-	if leftOut("reconciler") {
-		return 0, nil
-	}
 	now := s.now()
 	n, err := s.Exec(ctx, requeuePublished, now, now.Add(-age))
 	return n, wrap("requeue published images", err)

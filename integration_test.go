@@ -6,11 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"image"
-	"image/color"
-	"image/jpeg"
 	"io"
 	"maps"
-	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -309,22 +306,10 @@ func (p *photoServer) requests(path string) int {
 	return p.asked[path]
 }
 
-// jpegPhoto makes a JPEG that is no smaller for being simple: noise over a gradient.
+// jpegPhoto is a photograph as a camera stores it.
 func jpegPhoto(t testing.TB, width, height int) []byte {
 	t.Helper()
-	img := image.NewRGBA(image.Rect(0, 0, width, height))
-	random := rand.New(rand.NewPCG(uint64(width), uint64(height)))
-	for y := range height {
-		for x := range width {
-			noise := uint8(random.UintN(24))
-			img.SetRGBA(x, y, color.RGBA{uint8(x*200/width) + noise, uint8(y*200/height) + noise, 100 + noise, 255})
-		}
-	}
-	var out bytes.Buffer
-	if err := jpeg.Encode(&out, img, &jpeg.Options{Quality: 95}); err != nil {
-		t.Fatal(err)
-	}
-	return out.Bytes()
+	return encodedJPEG(t, photo(width, height), 95)
 }
 
 // call sends a request and decodes the answer into out, if that is not nil.

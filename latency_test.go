@@ -13,7 +13,7 @@ import (
 // POST waits for PostgreSQL's commit and for nothing else: not for a broker that
 // is away, and little for workers that keep every core busy.
 func TestPostWaitsForTheDatabaseAlone(t *testing.T) {
-	// Not parallel: it measures.
+	t.Parallel() // it compares what it measures in turns
 	rabbit := startRabbitMQ(t)
 	env := environment(map[string]string{"DATABASE_URL": testDatabase(t), "AMQP_URL": rabbit.URL, "DATA_DIR": t.TempDir(), "LOG_LEVEL": "info"})
 	seedUser(t, env)

@@ -63,7 +63,7 @@ func benchmarkPipeline(b *testing.B, photo []byte, workers int) {
 		}
 	}
 	log := slog.New(slog.DiscardHandler)
-	queue := newEmbeddedQueue(func(ctx context.Context) (int64, error) { return s.RequeuePublished(ctx, 0) }, log)
+	queue := newEmbeddedQueue(s.RequeueAll, log)
 	var settled sync.WaitGroup
 	settled.Add(b.N)
 	p := &pipeline{

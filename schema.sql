@@ -71,7 +71,7 @@ CREATE TABLE images (
     lone_starts  integer NOT NULL DEFAULT 0, -- starts with nothing else in hand that had no outcome: see CountLoneStart
     put_off      integer NOT NULL DEFAULT 0, -- times that its host was too busy: see PutOff
     run_at       timestamptz,
-    claim        bigint NOT NULL DEFAULT 0, -- the dispatcher's, while it publishes; run_at is then its lease
+    claim        bigint NOT NULL DEFAULT 0, -- not 0: a dispatcher publishes it, and run_at is its lease
     published_at timestamptz,
     ready_at     timestamptz,
     failed_at    timestamptz,

@@ -160,11 +160,10 @@ func (p *program) openStore(ctx context.Context) (*store, error) {
 // openQueue makes a queue that, should it have to begin empty, gets the jobs
 // that were in it.
 func (a *app) openQueue() {
-	refill := func(ctx context.Context) (int64, error) { return a.store.RequeuePublished(ctx, 0) }
 	if a.AMQPURL != "" {
-		a.queue = newRabbitQueue(a.AMQPURL, refill, a.log)
+		a.queue = newRabbitQueue(a.AMQPURL, a.store.RequeueAll, a.log)
 	} else {
-		a.queue = newEmbeddedQueue(refill, a.log)
+		a.queue = newEmbeddedQueue(a.store.RequeueAll, a.log)
 	}
 }
 
