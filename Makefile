@@ -10,16 +10,20 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck unit lint bench chaos consistency slow-clients fuzz compare-images api-check deploy-check docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench chaos consistency lists slow-clients fuzz compare-images api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
 # by side; the tests come last and have the machine to themselves.
 test:
 	@$(call phase,install servers; build tools; check)
-	@$(MAKE) --no-print-directory -j2 started=$(started) servers tools lint
+	@$(MAKE) --no-print-directory -j2 started=$(started) servers tools lint compile
 	@$(MAKE) --no-print-directory started=$(started) unit
 	@$(call phase,all passed)
+
+compile:
+	@go test -race -run '^$$' ./... >/dev/null
+	@$(call phase,tests are compiled)
 
 unit:
 	@$(call phase,go test -race)
@@ -109,6 +113,10 @@ chaos: servers tools
 ## consistency: a million reads while Redis is hurt, checked against what clients may see; some minutes
 consistency: servers tools
 	@REQUIRE_SERVERS=1 CONSISTENCY_READS=1000000 go test -count=1 -run '^TestReadsAreConsistent$$' -v -timeout 60m .
+
+## lists: the plans of every list of a million products, read with EXPLAIN ANALYZE; a minute
+lists: servers tools
+	@REQUIRE_SERVERS=1 LISTS_PRODUCTS=1000000 go test -count=1 -run '^TestListsReadNoMoreThanTheyNeed$$' -v -timeout 30m .
 
 ## docker-test: make test in a container, for machines without the servers
 docker-test:

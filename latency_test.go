@@ -68,7 +68,7 @@ func within(t *testing.T, limit float64, what string, measure func() (base, othe
 // medianPosts posts to two instances in turn.
 func medianPosts(t *testing.T, one, other *instance) (first, second time.Duration) {
 	t.Helper()
-	const posts = 150
+	const posts = 80
 	body := map[string]any{"user_id": 1, "product_name": "x", "product_price": 1, "product_images": []string{"http://127.0.0.1:1/a.jpg"}}
 	var times [2][]time.Duration
 	for range posts {
