@@ -267,7 +267,7 @@ func (b *battery) run(t *testing.T, all []hostileImage) (good, longest time.Dura
 	for n, batch := range batches {
 		b.await(t, batch, products[n])
 	}
-	return b.durations(t)
+	return b.durations(t, len(all)+len(batches))
 }
 
 func (b *battery) post(t *testing.T, batch []hostileImage) shown {
@@ -301,10 +301,15 @@ func (b *battery) await(t *testing.T, batch []hostileImage, p shown) {
 	}
 }
 
-// durations reads what the program has logged since the last call: the median
-// time that a good image was in its hands, and the longest of any.
-func (b *battery) durations(t *testing.T) (good, longest time.Duration) {
-	lines := imageDuration.FindAllStringSubmatch(b.api.log.tail(1<<22), -1)
+// durations reads what the program logs of the images since the last call: the
+// median time that a good one was in its hands, and the longest of any.
+func (b *battery) durations(t *testing.T, images int) (good, longest time.Duration) {
+	t.Helper()
+	var lines [][]string
+	eventually(t, "all images are in the log", func() bool {
+		lines = imageDuration.FindAllStringSubmatch(b.api.log.tail(1<<22), -1)
+		return len(lines) >= b.read+images
+	})
 	var goods []time.Duration
 	for _, line := range lines[b.read:] {
 		seconds, err := strconv.ParseFloat(line[1], 64)
