@@ -24,32 +24,31 @@ var (
 	errForbidden = &httpError{http.StatusForbidden, "this token does not allow it"}
 )
 
-// callerKey is the context key of a request's caller.
-type callerKey struct{}
-
-// authenticate finds out who calls. With authentication off, everybody is admin.
-func (s *server) authenticate(r *http.Request, access access) (*http.Request, error) {
+// authenticate finds out who calls, and notes it in the recorder. With
+// authentication off, everybody is admin, and nobody noted.
+func (s *server) authenticate(rec *recorder, r *http.Request, access access) error {
 	if !s.authOn || access == noToken {
-		return r, nil
+		return nil
 	}
 	token, err := bearerToken(r)
 	if err != nil {
-		return r, err
+		return err
 	}
 	known, err := s.tokens.look(r.Context(), sumOf(token), s.store.TokenCaller)
 	if errors.Is(err, errNotFound) {
-		return r, errBadToken
+		return errBadToken
 	}
 	if err != nil {
-		return r, err
+		return err
 	}
 	if !known.bucket.take(s.limits.rate, time.Now()) {
-		return r, errRateOver
+		return errRateOver
 	}
 	if access == adminToken && !known.Admin {
-		return r, errForbidden
+		return errForbidden
 	}
-	return r.WithContext(context.WithValue(r.Context(), callerKey{}, known.caller)), nil
+	rec.caller = &known.caller
+	return nil
 }
 
 // bearerToken reads the token of a request (RFC 6750, section 2.1), in the
@@ -70,9 +69,9 @@ func bearerToken(r *http.Request) (string, error) {
 }
 
 // mayWrite says whether the caller may change products of this user.
-func mayWrite(r *http.Request, user int64) error {
-	who, authOn := r.Context().Value(callerKey{}).(caller)
-	if authOn && !who.Admin && who.UserID != user {
+func mayWrite(w http.ResponseWriter, user int64) error {
+	who := w.(*recorder).caller
+	if who != nil && !who.Admin && who.UserID != user {
 		return errForbidden
 	}
 	return nil

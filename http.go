@@ -115,7 +115,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	if err := in.err(); err != nil {
 		return err
 	}
-	if err := mayWrite(r, p.UserID); err != nil {
+	if err := mayWrite(w, p.UserID); err != nil {
 		return err
 	}
 	once, release, err := s.idempotency(r, p.UserID, body)
@@ -125,7 +125,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	defer release()
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	p, err = s.store.CreateProduct(ctx, p, originOf(r), once)
+	p, err = s.store.CreateProduct(ctx, p, originOf(w), once)
 	if err != nil {
 		return err
 	}
@@ -241,7 +241,7 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request, replace b
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	p, err := s.store.UpdateProduct(ctx, id, originOf(r), allow(r), func(p *Product) {
+	p, err := s.store.UpdateProduct(ctx, id, originOf(w), allow(w, r), func(p *Product) {
 		if replace {
 			p.Description, p.Images = "", nil
 		}
@@ -263,7 +263,7 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	if err := s.store.DeleteProduct(ctx, id, allow(r)); err != nil {
+	if err := s.store.DeleteProduct(ctx, id, allow(w, r)); err != nil {
 		return err
 	}
 	s.invalidate(id, tombstone)
@@ -273,9 +273,9 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 
 // allow is the condition on which a request may change a product: that it is
 // the caller's, and still in the version that If-Match names.
-func allow(r *http.Request) func(Product) error {
+func allow(w http.ResponseWriter, r *http.Request) func(Product) error {
 	return func(p Product) error {
-		if err := mayWrite(r, p.UserID); err != nil {
+		if err := mayWrite(w, p.UserID); err != nil {
 			return err
 		}
 		if wanted := r.Header["If-Match"]; wanted != nil && !etagMatches(wanted, p.Version, false) {

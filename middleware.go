@@ -23,7 +23,6 @@ func (s *server) observe(mux http.Handler) http.Handler {
 		start := time.Now()
 		rec := &recorder{ResponseWriter: w, origin: readOrigin(r), limits: &s.limits}
 		rec.setHeader(w.Header())
-		r = r.WithContext(context.WithValue(r.Context(), recorderKey{}, rec))
 		defer s.finish(rec, r, start)
 		mux.ServeHTTP(rec, r)
 		if rec.unrouted != 0 {
@@ -94,11 +93,13 @@ func loggedPath(path string) string {
 	return path
 }
 
-// recorder notes what a handler answers. Until a route has been found it keeps
+// recorder is the writer that every handler gets. It knows whose request it
+// answers, and notes what the handler does. Until a route has been found it keeps
 // the router's own plain-text errors back, for observe to render.
 type recorder struct {
 	http.ResponseWriter
 	origin   origin
+	caller   *caller   // nil if authentication is off, or not asked for
 	ids      [1]string // the request id, as a header has it
 	route    *routeStats
 	status   int
@@ -175,8 +176,7 @@ func (s *server) admit(rec *recorder, r *http.Request, access access, h handler)
 			return err
 		}
 	}
-	r, err := s.authenticate(r, access)
-	if err != nil {
+	if err := s.authenticate(rec, r, access); err != nil {
 		return err
 	}
 	return h(rec, r)
@@ -215,12 +215,7 @@ func (rs *routeStats) count(status int, duration time.Duration) {
 	rs.duration.Update(duration.Seconds())
 }
 
-// recorderKey is the context key of a request's recorder.
-type recorderKey struct{}
-
-func originOf(r *http.Request) origin {
-	return r.Context().Value(recorderKey{}).(*recorder).origin
-}
+func originOf(w http.ResponseWriter) origin { return w.(*recorder).origin }
 
 // traceparent is the header of W3C Trace Context, version 00 and, since later
 // ones must begin alike, any other.
@@ -291,7 +286,7 @@ type problem struct {
 // renderError answers with err. This is the one place where errors become
 // statuses; what has none is a 500, logged and kept from the client.
 func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) {
-	from := originOf(r)
+	from := originOf(w)
 	p := problemOf(err)
 	switch p.Status {
 	case http.StatusInternalServerError:

@@ -22,7 +22,7 @@ func (s *server) reprocessImages(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(r), allow(r))
+	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(w), allow(w, r))
 	if err != nil {
 		return err
 	}
