@@ -201,7 +201,7 @@ func TestEveryDocumentedParameterIsTaken(t *testing.T) {
 	a := newTokenAPI(t)
 	for pattern, op := range described(t).operations {
 		for _, p := range op.parameters() {
-			if p.In != "query" || p.Example == nil { // a cursor is opaque: it has none
+			if p.In != "query" || p.Example == nil || op.path == "/events" { // a cursor is opaque: it has none; a stream has no end
 				continue
 			}
 			query := url.Values{p.Name: {exampleOf(p)}}.Encode()

@@ -155,7 +155,7 @@ func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) err
 	if err := checkHeaders(documented.Value.Headers, x.header); err != nil {
 		return err
 	}
-	if err := d.checkBody(documented.Value.Content, x); err != nil {
+	if err := d.checkBody(op, documented.Value.Content, x); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -200,7 +200,7 @@ func checkHeaders(documented openapi3.Headers, got http.Header) error {
 	return nil
 }
 
-func (d *documentedAPI) checkBody(documented openapi3.Content, x httpExchange) error {
+func (d *documentedAPI) checkBody(op *documentedOperation, documented openapi3.Content, x httpExchange) error {
 	if x.request.Method == http.MethodHead { // net/http drops the body, a recorder keeps it
 		return nil
 	}
@@ -222,25 +222,24 @@ func (d *documentedAPI) checkBody(documented openapi3.Content, x httpExchange) e
 		}
 		return media.Schema.Value.VisitJSON(value, openapi3.EnableJSONSchema2020())
 	case kind == "text/event-stream":
-		return d.checkEvents(x.received)
+		return d.checkEvents(op, x.received)
 	}
 	return nil
 }
 
 // checkEvents checks a stream of server-sent events: the data of an event
-// "image" is an ImageEvent.
-func (d *documentedAPI) checkEvents(stream []byte) error {
-	for event := range strings.SplitSeq(string(stream), "\n\n") {
-		if event == "" || event == ":" {
-			continue
+// "image" is an ImageEvent, or on the stream of all products a ProductImageEvent.
+func (d *documentedAPI) checkEvents(op *documentedOperation, stream []byte) error {
+	for _, event := range readEvents(string(stream)) {
+		schema := strings.ToUpper(event.name[:1]) + event.name[1:] + "Event"
+		if op.path == "/events" && event.name == "image" {
+			schema = "ProductImageEvent"
 		}
-		name, data, ok := strings.Cut(strings.TrimPrefix(event, "event: "), "\ndata: ")
-		schema := strings.ToUpper(name[:1]) + name[1:] + "Event"
-		if !ok || d.spec.Components.Schemas[schema] == nil {
-			return fmt.Errorf("there is no such event: %q", event)
+		if d.spec.Components.Schemas[schema] == nil || event.id == "" {
+			return fmt.Errorf("there is no such event: %+v", event)
 		}
-		if err := d.matches(schema, []byte(data)); err != nil {
-			return fmt.Errorf("the event %q: %w", event, err)
+		if err := d.matches(schema, []byte(event.data)); err != nil {
+			return fmt.Errorf("the event %+v: %w", event, err)
 		}
 	}
 	return nil

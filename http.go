@@ -41,6 +41,7 @@ type server struct {
 	parts      []part                  // what readiness depends on
 	console    console
 	monitor    *monitor
+	feed       *eventFeed
 	authOn     bool
 	tokens     tokenCache
 	limits     requestLimits
@@ -63,6 +64,7 @@ func (s *server) routes() http.Handler {
 	s.route(mux, "PUT /products/{id}", anyToken, s.putProduct)
 	s.route(mux, "DELETE /products/{id}", anyToken, s.deleteProduct)
 	s.route(mux, "GET /products/{id}/events", anyToken, s.productEvents)
+	s.route(mux, "GET /events", anyToken, s.events)
 	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, s.reprocessImages)
 
 	s.route(mux, "GET /dead-letters", adminToken, s.listDeadLetters)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -29,7 +30,11 @@ func newAPI(t *testing.T) *api {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := migratedStore(t, db)
+	return newAPIOn(t, migratedStore(t, db))
+}
+
+// newAPIOn is one of several on the same database.
+func newAPIOn(t *testing.T, s *store) *api {
 	enc := encoder{objectURL: func(key string) string { return "https://cdn.example/" + key }}
 	log := new(bytes.Buffer)
 	logger := slog.New(slog.NewJSONHandler(log, nil))
@@ -37,10 +42,20 @@ func newAPI(t *testing.T) *api {
 		store: s, products: newProductLoader(s, enc), encoder: enc,
 		wake: func() {}, invalidate: func(int64, int64) {}, replayed: func() {},
 		log: logger, stopping: make(chan struct{}),
-		console: newConsole(), monitor: newMonitor(s, logger),
+		console: newConsole(), monitor: newMonitor(s, logger), feed: runFeed(t, s, logger),
 	}}
 	a.handler = a.routes()
 	return a
+}
+
+// runFeed runs a feed until the test ends.
+func runFeed(t *testing.T, s *store, log *slog.Logger) *eventFeed {
+	feed := newEventFeed(s, log)
+	ctx, stop := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { feed.Run(ctx) })
+	t.Cleanup(func() { stop(); running.Wait() })
+	return feed
 }
 
 // answer is a response with its body decoded.

@@ -16,7 +16,7 @@ const (
 )
 
 // janitor clears away what the rest of the program leaves behind: objects that
-// nothing refers to, expired keys.
+// nothing refers to, expired keys, old events.
 type janitor struct {
 	store   *store
 	blobs   blobs
@@ -43,7 +43,7 @@ func (j *janitor) Run(ctx context.Context) error {
 		case <-j.garbage:
 			j.report(ctx, j.collect(ctx))
 		case <-collect.C:
-			j.report(ctx, errors.Join(j.collect(ctx), j.store.ForgetIdempotencyKeys(ctx)))
+			j.report(ctx, errors.Join(j.collect(ctx), j.store.ForgetIdempotencyKeys(ctx), j.store.ForgetEvents(ctx)))
 		}
 	}
 }

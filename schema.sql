@@ -137,3 +137,77 @@ CREATE TABLE idempotency_keys (
 );
 
 CREATE INDEX idempotency_keys_created ON idempotency_keys (created_at);
+
+-- What has happened to products and images, for those who follow it: see
+-- eventlog.go. The triggers below write it, in the transaction of the change.
+--
+-- Ids are taken in another order than transactions end, so "id > the last one
+-- seen" would pass over the events of a transaction that took its ids early and
+-- ended late. The order is (tx, id), and settled_events holds back what a
+-- transaction that is still open could yet put something before.
+--
+-- tx is the greatest transaction that was the event's own or had ended when it
+-- was written. Its own alone would not do: a transaction that has begun to write
+-- elsewhere may wait for a product that a later one holds, and its events come
+-- after those of that one. So the events of one product are in the order of its
+-- changes by (tx, id), and by id alone.
+CREATE TABLE events (
+    tx           bigint NOT NULL DEFAULT greatest(
+        pg_current_xact_id()::text::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint - 1),
+    id           bigint GENERATED ALWAYS AS IDENTITY,
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    what         text NOT NULL CHECK (what IN ('created', 'updated', 'deleted', 'image')), -- the first three of the product
+    product_id   bigint NOT NULL,
+    user_id      bigint NOT NULL,
+    version      bigint NOT NULL DEFAULT 0, -- the product's; the rest is the image's, as it was then
+    image_id     bigint NOT NULL DEFAULT 0,
+    position     integer NOT NULL DEFAULT 0,
+    source       text NOT NULL DEFAULT '',
+    status       text NOT NULL DEFAULT '',
+    attempts     integer NOT NULL DEFAULT 0,
+    error_code   text NOT NULL DEFAULT '',
+    error_detail text NOT NULL DEFAULT '',
+    object_key   text NOT NULL DEFAULT '',
+    width        integer NOT NULL DEFAULT 0,
+    height       integer NOT NULL DEFAULT 0,
+    bytes        bigint NOT NULL DEFAULT 0,
+    source_bytes bigint NOT NULL DEFAULT 0,
+    variants     text NOT NULL DEFAULT '',
+    request_id   text NOT NULL DEFAULT '',
+    traceparent  text NOT NULL DEFAULT '',
+    PRIMARY KEY (tx, id)
+);
+
+CREATE INDEX events_product ON events (product_id, id);
+
+CREATE VIEW settled_events AS
+SELECT * FROM events WHERE tx < pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
+
+CREATE FUNCTION note_product() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        INSERT INTO events (what, product_id, user_id, version) VALUES (TG_ARGV[0], OLD.id, OLD.user_id, OLD.version);
+    ELSE
+        INSERT INTO events (what, product_id, user_id, version) VALUES (TG_ARGV[0], NEW.id, NEW.user_id, NEW.version);
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- An update by a person names the columns that a person can change; that of the
+-- version, which follows each change of an image, does not.
+CREATE TRIGGER products_created AFTER INSERT ON products FOR EACH ROW EXECUTE FUNCTION note_product('created');
+CREATE TRIGGER products_updated AFTER UPDATE OF product_name ON products FOR EACH ROW EXECUTE FUNCTION note_product('updated');
+CREATE TRIGGER products_deleted AFTER DELETE ON products FOR EACH ROW EXECUTE FUNCTION note_product('deleted');
+
+CREATE FUNCTION note_image() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO events (what, product_id, user_id, image_id, position, source, status, attempts, error_code, error_detail,
+        object_key, width, height, bytes, source_bytes, variants, request_id, traceparent)
+    VALUES ('image', NEW.product_id, NEW.user_id, NEW.id, NEW.position, NEW.source, NEW.status, NEW.attempts, NEW.error_code, NEW.error_detail,
+        NEW.object_key, NEW.width, NEW.height, NEW.bytes, NEW.source_bytes, NEW.variants, NEW.request_id, NEW.traceparent);
+    RETURN NULL;
+END $$;
+
+-- Whatever changes what a product shows of an image names its status; the many
+-- updates on the way to and from the broker do not, and cost nothing here.
+CREATE TRIGGER images_changed AFTER UPDATE OF status ON images FOR EACH ROW EXECUTE FUNCTION note_image();

@@ -114,3 +114,53 @@ CREATE TABLE idempotency_keys (
 );
 
 CREATE INDEX idempotency_keys_created ON idempotency_keys (created_at);
+
+-- One writer at a time: ids are in the order in which transactions end.
+CREATE TABLE events (
+    tx           INTEGER NOT NULL DEFAULT 0,
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    created_at   TIMESTAMP NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f', 'now')),
+    what         TEXT NOT NULL CHECK (what IN ('created', 'updated', 'deleted', 'image')),
+    product_id   INTEGER NOT NULL,
+    user_id      INTEGER NOT NULL,
+    version      INTEGER NOT NULL DEFAULT 0,
+    image_id     INTEGER NOT NULL DEFAULT 0,
+    position     INTEGER NOT NULL DEFAULT 0,
+    source       TEXT NOT NULL DEFAULT '',
+    status       TEXT NOT NULL DEFAULT '',
+    attempts     INTEGER NOT NULL DEFAULT 0,
+    error_code   TEXT NOT NULL DEFAULT '',
+    error_detail TEXT NOT NULL DEFAULT '',
+    object_key   TEXT NOT NULL DEFAULT '',
+    width        INTEGER NOT NULL DEFAULT 0,
+    height       INTEGER NOT NULL DEFAULT 0,
+    bytes        INTEGER NOT NULL DEFAULT 0,
+    source_bytes INTEGER NOT NULL DEFAULT 0,
+    variants     TEXT NOT NULL DEFAULT '',
+    request_id   TEXT NOT NULL DEFAULT '',
+    traceparent  TEXT NOT NULL DEFAULT ''
+);
+
+CREATE UNIQUE INDEX events_order ON events (tx, id);
+CREATE INDEX events_product ON events (product_id, id);
+
+CREATE VIEW settled_events AS SELECT * FROM events;
+
+CREATE TRIGGER products_created AFTER INSERT ON products BEGIN
+    INSERT INTO events (what, product_id, user_id, version) VALUES ('created', NEW.id, NEW.user_id, NEW.version);
+END;
+
+CREATE TRIGGER products_updated AFTER UPDATE OF product_name ON products BEGIN
+    INSERT INTO events (what, product_id, user_id, version) VALUES ('updated', NEW.id, NEW.user_id, NEW.version);
+END;
+
+CREATE TRIGGER products_deleted AFTER DELETE ON products BEGIN
+    INSERT INTO events (what, product_id, user_id, version) VALUES ('deleted', OLD.id, OLD.user_id, OLD.version);
+END;
+
+CREATE TRIGGER images_changed AFTER UPDATE OF status ON images BEGIN
+    INSERT INTO events (what, product_id, user_id, image_id, position, source, status, attempts, error_code, error_detail,
+        object_key, width, height, bytes, source_bytes, variants, request_id, traceparent)
+    VALUES ('image', NEW.product_id, NEW.user_id, NEW.id, NEW.position, NEW.source, NEW.status, NEW.attempts, NEW.error_code, NEW.error_detail,
+        NEW.object_key, NEW.width, NEW.height, NEW.bytes, NEW.source_bytes, NEW.variants, NEW.request_id, NEW.traceparent);
+END;

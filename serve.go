@@ -52,6 +52,7 @@ type app struct {
 	dispatcher *dispatcher
 	janitor    *janitor
 	monitor    *monitor
+	feed       *eventFeed
 	dead       *deadKeeper // nil: the queue keeps no copies of dead letters
 	listener   net.Listener
 	migrated   chan struct{} // closed when the database has its schema
@@ -115,6 +116,7 @@ func (a *app) open(ctx context.Context) (err error) {
 	}
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
 	a.monitor = newMonitor(a.store, a.log)
+	a.feed = newEventFeed(a.store, a.log)
 	a.janitor = newJanitor(a.store, a.blobs, a.log)
 	if copies, ok := a.queue.(deadQueue); ok {
 		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
@@ -206,8 +208,9 @@ func (a *app) openCache() error {
 	return nil
 }
 
-// invalidate tells the cache that a product has changed.
+// invalidate tells the cache and the streams that a product has changed.
 func (a *app) invalidate(id, version int64) {
+	a.feed.Wake()
 	if a.cache != nil {
 		a.cache.Invalidate(id, version)
 	}
@@ -245,6 +248,7 @@ func (a *app) run(ctx context.Context) error {
 	})
 	if a.listener != nil { // whoever may ask for /metrics gets those of the workload too
 		back.Go(func() error { return a.afterMigration(backCtx, a.monitor.Run) })
+		back.Go(func() error { return a.afterMigration(backCtx, a.feed.Run) })
 		front.Go(func() error { return a.serveHTTP(frontCtx) })
 	}
 	if a.name != "api" {
@@ -392,6 +396,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		parts:      a.parts,
 		console:    newConsole(),
 		monitor:    a.monitor,
+		feed:       a.feed,
 		authOn:     a.Auth,
 		log:        a.log,
 		stopping:   make(chan struct{}),
