@@ -53,6 +53,7 @@ type app struct {
 	janitor    *janitor
 	monitor    *monitor
 	feed       *eventFeed
+	deliverer  *deliverer
 	dead       *deadKeeper // nil: the queue keeps no copies of dead letters
 	listener   net.Listener
 	migrated   chan struct{} // closed when the database has its schema
@@ -96,11 +97,9 @@ func (a *app) open(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if a.name != "worker" {
-		a.publicURL = strings.TrimSuffix(a.PublicURL, "/")
-		if a.publicURL == "" {
-			a.publicURL = "http://" + a.listener.Addr().String()
-		}
+	a.publicURL = strings.TrimSuffix(a.PublicURL, "/")
+	if a.publicURL == "" && a.name != "worker" {
+		a.publicURL = "http://" + a.listener.Addr().String()
 	}
 	if a.store, err = a.openStore(ctx); err != nil {
 		return err
@@ -117,6 +116,7 @@ func (a *app) open(ctx context.Context) (err error) {
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
 	a.monitor = newMonitor(a.store, a.log)
 	a.feed = newEventFeed(a.store, a.log)
+	a.deliverer = newDeliverer(a.store, encoder{a.objectURL}, a.FetchLimits, a.Image, a.log)
 	a.janitor = newJanitor(a.store, a.blobs, a.log)
 	if copies, ok := a.queue.(deadQueue); ok {
 		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
@@ -209,9 +209,11 @@ func (a *app) openCache() error {
 	return nil
 }
 
-// invalidate tells the cache and the streams that a product has changed.
+// invalidate tells those who follow events, and the cache, that a product has
+// changed.
 func (a *app) invalidate(id, version int64) {
 	a.feed.Wake()
+	a.deliverer.Wake()
 	if a.cache != nil {
 		a.cache.Invalidate(id, version)
 	}
@@ -253,6 +255,7 @@ func (a *app) run(ctx context.Context) error {
 		front.Go(func() error { return a.serveHTTP(frontCtx) })
 	}
 	if a.name != "api" {
+		back.Go(func() error { return a.afterMigration(backCtx, a.deliverer.Run) })
 		front.Go(func() error {
 			return a.afterMigration(frontCtx, func(stop context.Context) error { return a.process(backCtx, stop) })
 		})
