@@ -209,11 +209,9 @@ func (a *app) openCache() error {
 	return nil
 }
 
-// invalidate tells those who follow events, and the cache, that a product has
-// changed.
+// invalidate tells the streams of events and the cache that a product has changed.
 func (a *app) invalidate(id, version int64) {
 	a.feed.Wake()
-	a.deliverer.Wake()
 	if a.cache != nil {
 		a.cache.Invalidate(id, version)
 	}

@@ -377,9 +377,10 @@ func (s *store) SettleUndelivered(ctx context.Context, webhookID int64, d delive
 	return wrap(fmt.Sprintf("settle failed delivery %d", d.ID), err)
 }
 
-// GiveBackDelivery makes a delivery due that was claimed and not tried to the end.
+// GiveBackDelivery makes a delivery due again that was not tried to the end, after
+// a pause: what kept us from it may last.
 func (s *store) GiveBackDelivery(ctx context.Context, d delivery) error {
-	_, err := s.Exec(ctx, `UPDATE deliveries SET run_at = $3, claim = 0 WHERE id = $1 AND claim = $2`, d.ID, d.claim, s.now())
+	_, err := s.Exec(ctx, `UPDATE deliveries SET run_at = $3, claim = 0 WHERE id = $1 AND claim = $2`, d.ID, d.claim, s.now().Add(refusedDelay))
 	return wrap(fmt.Sprintf("give delivery %d back", d.ID), err)
 }
 

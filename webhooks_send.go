@@ -20,7 +20,8 @@ import (
 )
 
 const (
-	// webhookPoll serves other processes' events and deliveries whose time has come.
+	// webhookPoll is how often a process looks for events and for deliveries whose
+	// time has come.
 	webhookPoll = 500 * time.Millisecond
 	// webhookTimeout is for one delivery, from the first dial to the answer.
 	webhookTimeout = 15 * time.Second
@@ -44,7 +45,6 @@ type deliverer struct {
 	retryAttempts int
 	retryBase     time.Duration
 	log           *slog.Logger
-	wake          chan struct{} // a token: there may be something to send
 
 	mu    sync.Mutex
 	lanes map[int64]bool // webhooks that are being sent to
@@ -55,12 +55,9 @@ func newDeliverer(db *store, enc encoder, limits fetchLimits, settings imageSett
 	return &deliverer{
 		store: db, encoder: enc, post: newFetcher(limits).Post,
 		retryAttempts: settings.RetryAttempts, retryBase: settings.RetryBase,
-		log: log.With("stage", "webhooks"), wake: make(chan struct{}, 1), lanes: make(map[int64]bool),
+		log: log.With("stage", "webhooks"), lanes: make(map[int64]bool),
 	}
 }
-
-// Wake says that there may be an event. It never blocks.
-func (d *deliverer) Wake() { poke(d.wake) }
 
 // Run makes and sends deliveries until ctx ends. What is being sent then is given
 // back, and may so arrive twice.
@@ -75,7 +72,6 @@ func (d *deliverer) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-poll.C:
-		case <-d.wake:
 		}
 		err := d.work(ctx, &lanes)
 		switch {

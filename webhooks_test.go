@@ -492,8 +492,10 @@ func TestPostLooksAtTheStatusAlone(t *testing.T) {
 				w.Write(make([]byte, 4096))
 			}
 		}, "", 0},
-		"a redirect": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect) }, "http_307", 0},
-		"400":        {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(400) }, "http_400", 0},
+		"a redirect": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
+		}, "http_307", 0},
+		"400": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(400) }, "http_400", 0},
 		"later": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "7")
 			w.WriteHeader(429)
