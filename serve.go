@@ -286,7 +286,7 @@ func (a *app) logStart() {
 			"addr", a.listener.Addr().String(), "loopback", isLoopback(a.listenAddr()))
 	}
 	if a.FetchLimits.AllowPrivate {
-		a.log.Warn("images may be fetched from private addresses (IMAGE_ALLOW_PRIVATE)")
+		a.log.Warn("images may be fetched from private addresses, and webhooks sent there (IMAGE_ALLOW_PRIVATE)")
 	}
 }
 
