@@ -147,7 +147,11 @@ func ofAnotherType(t *testing.T, op *documentedOperation) answer {
 func withWrongValue(t *testing.T, op *documentedOperation) answer {
 	a := newTokenAPI(t)
 	if op.RequestBody != nil {
-		return a.do(t, op.method, op.target(nil), `{"product_name":null}`, "Authorization", a.admin)
+		field := "product_name"
+		if schema := op.RequestBody.Value.Content["application/json"].Schema.Value; schema.Properties[field] == nil {
+			field = schema.Required[0]
+		}
+		return a.do(t, op.method, op.target(nil), fmt.Sprintf(`{%q:null}`, field), "Authorization", a.admin)
 	}
 	for _, p := range op.parameters() {
 		if p.In == "query" && p.Schema.Value.Min != nil {

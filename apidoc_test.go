@@ -249,7 +249,7 @@ func (d *documentedAPI) checkEvents(op *documentedOperation, stream []byte) erro
 // cannot tell; the document tells them in words.
 var beyondSchema = regexp.MustCompile(`there is no such user|must have at most two decimals|is not a cursor of this list|` +
 	`the character NUL|must be a number or a decimal string|must not contain a user name|at most 2048 bytes|` +
-	`must be the host of a URL|must be a time as in RFC 3339`)
+	`must be the host of a URL|must be a time as in RFC 3339|the base64 of|webhooks already`)
 
 // checkRequest checks that a request which was accepted is one that the
 // document allows, and that one refused for its values is not.

@@ -168,7 +168,7 @@ func (q sqliteQuerier) Exec(ctx context.Context, query string, args ...any) (int
 	if err != nil {
 		return 0, sqliteError(err)
 	}
-	result, err := stmt.ExecContext(ctx, args...)
+	result, err := stmt.ExecContext(ctx, sqliteArgs(args)...)
 	if err != nil {
 		return 0, sqliteError(err)
 	}

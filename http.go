@@ -65,6 +65,11 @@ func (s *server) routes() http.Handler {
 	s.route(mux, "DELETE /products/{id}", anyToken, s.deleteProduct)
 	s.route(mux, "GET /products/{id}/events", anyToken, s.productEvents)
 	s.route(mux, "GET /events", anyToken, s.events)
+	s.route(mux, "POST /webhooks", anyToken, s.createWebhook)
+	s.route(mux, "GET /webhooks", anyToken, s.listWebhooks)
+	s.route(mux, "GET /webhooks/{id}", anyToken, s.getWebhook)
+	s.route(mux, "DELETE /webhooks/{id}", anyToken, s.deleteWebhook)
+	s.route(mux, "POST /webhooks/{id}/replay", anyToken, s.replayWebhook)
 	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, s.reprocessImages)
 
 	s.route(mux, "GET /dead-letters", adminToken, s.listDeadLetters)

@@ -332,6 +332,8 @@ func problemOf(err error) problem {
 		return problem{Status: http.StatusUnprocessableEntity, Detail: "some values are invalid, see errors", Errors: invalid}
 	case errors.Is(err, errUnknownUser):
 		return problemOf(invalidInput{{"user_id", "there is no such user"}})
+	case errors.Is(err, errTooManyWebhooks):
+		return problemOf(invalidInput{{"url", errTooManyWebhooks.Error()}})
 	case errors.Is(err, errKeyReused):
 		return problem{Status: http.StatusUnprocessableEntity, Detail: "the Idempotency-Key was used with another body"}
 	case errors.Is(err, errNotFound):
