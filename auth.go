@@ -68,10 +68,18 @@ func bearerToken(r *http.Request) (string, error) {
 	return token, nil
 }
 
+// boundTo is the user whose things alone the caller may change; nil: anybody's.
+func boundTo(w http.ResponseWriter) *int64 {
+	who := w.(*recorder).caller
+	if who == nil || who.Admin {
+		return nil
+	}
+	return &who.UserID
+}
+
 // mayWrite says whether the caller may change products of this user.
 func mayWrite(w http.ResponseWriter, user int64) error {
-	who := w.(*recorder).caller
-	if who != nil && !who.Admin && who.UserID != user {
+	if only := boundTo(w); only != nil && *only != user {
 		return errForbidden
 	}
 	return nil

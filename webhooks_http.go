@@ -66,13 +66,10 @@ func (s *server) createWebhook(w http.ResponseWriter, r *http.Request) error {
 	if err := in.err(); err != nil {
 		return err
 	}
-	if who, authOn := r.Context().Value(callerKey{}).(caller); authOn && !who.Admin {
-		if hook.UserID == nil {
-			hook.UserID = &who.UserID
-		}
-		if err := mayWrite(r, *hook.UserID); err != nil {
-			return err
-		}
+	if hook.UserID == nil {
+		hook.UserID = boundTo(w)
+	} else if err := mayWrite(w, *hook.UserID); err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
@@ -114,7 +111,7 @@ const maxSecretText = 200
 
 // ownWebhook reads the webhook in the path. Another's is there for admins alone:
 // its URL may be a secret too.
-func (s *server) ownWebhook(ctx context.Context, r *http.Request) (webhook, error) {
+func (s *server) ownWebhook(ctx context.Context, w http.ResponseWriter, r *http.Request) (webhook, error) {
 	id, err := pathID(r)
 	if err != nil {
 		return webhook{}, err
@@ -123,8 +120,7 @@ func (s *server) ownWebhook(ctx context.Context, r *http.Request) (webhook, erro
 	if err != nil {
 		return webhook{}, err
 	}
-	who, authOn := r.Context().Value(callerKey{}).(caller)
-	if authOn && !who.Admin && (hook.UserID == nil || *hook.UserID != who.UserID) {
+	if only := boundTo(w); only != nil && (hook.UserID == nil || *hook.UserID != *only) {
 		return webhook{}, errNotFound
 	}
 	return hook, nil
@@ -136,11 +132,7 @@ func (s *server) listWebhooks(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	var of *int64
-	if who, authOn := r.Context().Value(callerKey{}).(caller); authOn && !who.Admin {
-		of = &who.UserID
-	}
-	hooks, err := s.store.Webhooks(ctx, of)
+	hooks, err := s.store.Webhooks(ctx, boundTo(w))
 	if err != nil {
 		return err
 	}
@@ -158,7 +150,7 @@ const failuresShown = 20
 func (s *server) getWebhook(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	hook, err := s.ownWebhook(ctx, r)
+	hook, err := s.ownWebhook(ctx, w, r)
 	if err != nil {
 		return err
 	}
@@ -177,7 +169,7 @@ func (s *server) getWebhook(w http.ResponseWriter, r *http.Request) error {
 func (s *server) deleteWebhook(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	hook, err := s.ownWebhook(ctx, r)
+	hook, err := s.ownWebhook(ctx, w, r)
 	if err != nil {
 		return err
 	}
@@ -193,7 +185,7 @@ func (s *server) deleteWebhook(w http.ResponseWriter, r *http.Request) error {
 func (s *server) replayWebhook(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	hook, err := s.ownWebhook(ctx, r)
+	hook, err := s.ownWebhook(ctx, w, r)
 	if err != nil {
 		return err
 	}
