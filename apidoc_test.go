@@ -53,6 +53,9 @@ func (op *documentedOperation) parameters() (all []*openapi3.Parameter) {
 
 // openDocument reads the document once.
 var openDocument = sync.OnceValues(func() (*documentedAPI, error) {
+	for _, rows := range []string{string(ndjsonRows), "application/jsonl", string(csvRows)} { // a row is looked at by itself
+		openapi3filter.RegisterBodyDecoder(rows, openapi3filter.FileBodyDecoder)
+	}
 	spec, err := openapi3.NewLoader().LoadFromData(apiDocument)
 	if err != nil {
 		return nil, fmt.Errorf("read openapi.yaml: %w", err)
@@ -155,7 +158,7 @@ func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) err
 	if err := checkHeaders(documented.Value.Headers, x.header); err != nil {
 		return err
 	}
-	if err := d.checkBody(documented.Value.Content, x); err != nil {
+	if err := d.checkBody(op, documented.Value.Content, x); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -200,7 +203,7 @@ func checkHeaders(documented openapi3.Headers, got http.Header) error {
 	return nil
 }
 
-func (d *documentedAPI) checkBody(documented openapi3.Content, x httpExchange) error {
+func (d *documentedAPI) checkBody(op *documentedOperation, documented openapi3.Content, x httpExchange) error {
 	if x.request.Method == http.MethodHead { // net/http drops the body, a recorder keeps it
 		return nil
 	}
@@ -215,6 +218,8 @@ func (d *documentedAPI) checkBody(documented openapi3.Content, x httpExchange) e
 	switch {
 	case media == nil:
 		return fmt.Errorf("the body is %q", kind)
+	case kind == string(ndjsonRows):
+		return d.checkLines(op, x.received)
 	case strings.HasSuffix(kind, "json"):
 		var value any
 		if err := json.Unmarshal(x.received, &value); err != nil {
@@ -223,6 +228,20 @@ func (d *documentedAPI) checkBody(documented openapi3.Content, x httpExchange) e
 		return media.Schema.Value.VisitJSON(value, openapi3.EnableJSONSchema2020())
 	case kind == "text/event-stream":
 		return d.checkEvents(x.received)
+	}
+	return nil
+}
+
+// checkLines checks NDJSON by the schema of the operation's lines.
+func (d *documentedAPI) checkLines(op *documentedOperation, body []byte) error {
+	schema := "NewProduct"
+	if op.OperationID == "importProducts" {
+		schema = "ImportLine"
+	}
+	for line := range bytes.Lines(body) {
+		if err := d.matches(schema, line); err != nil {
+			return fmt.Errorf("the line %.500q: %w", line, err)
+		}
 	}
 	return nil
 }

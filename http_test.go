@@ -36,7 +36,7 @@ func newAPI(t *testing.T) *api {
 	a := &api{log: log, server: &server{
 		store: s, products: newProductLoader(s, enc), encoder: enc,
 		wake: func() {}, invalidate: func(int64, int64) {}, replayed: func() {},
-		log: logger, stopping: make(chan struct{}),
+		log: logger, stopping: make(chan struct{}), patience: bulkPatience,
 		console: newConsole(), monitor: newMonitor(s, logger),
 	}}
 	a.handler = a.routes()
@@ -65,7 +65,7 @@ func (a *api) do(t *testing.T, method, target, body string, headers ...string) a
 		t.Error(err)
 	}
 	out := answer{ResponseRecorder: w}
-	if strings.Contains(w.Header().Get("Content-Type"), "json") {
+	if kind := w.Header().Get("Content-Type"); strings.Contains(kind, "json") && kind != string(ndjsonRows) {
 		if err := json.Unmarshal(w.Body.Bytes(), &out.json); err != nil {
 			t.Fatalf("%s %s: %v in %q", method, target, err, w.Body)
 		}

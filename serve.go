@@ -394,6 +394,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		console:    newConsole(),
 		monitor:    a.monitor,
 		authOn:     a.Auth,
+		patience:   bulkPatience,
 		log:        a.log,
 		stopping:   make(chan struct{}),
 	}
