@@ -137,6 +137,9 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// maxKeyLength is that of an Idempotency-Key.
+const maxKeyLength = 255
+
 // idempotency reads the header Idempotency-Key. release is to be called when
 // the request is over: until then a second one with its key gets a 409.
 func (s *server) idempotency(r *http.Request, user int64, body []byte) (once *idempotency, release func(), err error) {
@@ -158,8 +161,8 @@ func (s *server) holdKey(r *http.Request, scope string) (key string, release fun
 	if !given {
 		return "", func() {}, nil
 	}
-	if len(keys) != 1 || !isPrintable(keys[0], 255) {
-		return "", nil, &httpError{http.StatusBadRequest, "Idempotency-Key must be one key of 1 to 255 printable ASCII characters"}
+	if len(keys) != 1 || !isPrintable(keys[0], maxKeyLength) {
+		return "", nil, &httpError{http.StatusBadRequest, fmt.Sprintf("Idempotency-Key must be one key of 1 to %d printable ASCII characters", maxKeyLength)}
 	}
 	held := scope + " " + keys[0]
 	if _, busy := s.inFlight.LoadOrStore(held, true); busy {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 
 	"github.com/VictoriaMetrics/metrics"
 )
@@ -190,10 +191,12 @@ func (im *importer) storeBatch(ctx context.Context) error {
 // result is what came of an entry.
 func (e batchEntry) result(line int, from origin) importResult {
 	switch {
-	case errors.Is(e.Err, errForbidden):
-		return importResult{Line: line, Status: rowForbidden, Error: problemFor(e.Err, from)}
 	case e.Err != nil:
-		return importResult{Line: line, Status: rowInvalid, Error: problemFor(e.Err, from)}
+		r := importResult{Line: line, Status: rowInvalid, Error: problemFor(e.Err, from)}
+		if r.Error.Status == http.StatusForbidden {
+			r.Status = rowForbidden
+		}
+		return r
 	case e.Existed:
 		return importResult{Line: line, ID: e.ID, Status: rowExisting}
 	}
