@@ -47,7 +47,7 @@ func (s *server) importProducts(w http.ResponseWriter, r *http.Request) error {
 	if err := stream.control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) { // only HTTP/1 is to be told
 		return err
 	}
-	ctx, cancel := s.untilStopping(r.Context())
+	ctx, cancel := s.untilStopping(context.WithoutCancel(r.Context())) // a client that goes away is a read that fails
 	defer cancel()
 	defer context.AfterFunc(ctx, stream.interrupt)()
 	err = s.newImporter(ctx, r, stream, rowFormat(format), key).run(ctx)
@@ -217,7 +217,7 @@ func (b *bulkStream) begin() {
 	b.control.SetWriteDeadline(time.Now().Add(b.patience)) // a failure is the next write's
 }
 
-// untilStopping is a request's context that ends with the server, too.
+// untilStopping is a context that ends with the server, too.
 func (s *server) untilStopping(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
 	go func() {

@@ -53,6 +53,8 @@ func (r *rowReader) begin() error {
 	switch {
 	case errors.Is(err, io.EOF):
 		return &badJSON{detail: "the header row is missing"}
+	case errors.Is(err, errRowTooLong):
+		return &badJSON{detail: "the header row is too long"}
 	case err != nil:
 		return err
 	}
