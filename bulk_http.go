@@ -44,6 +44,9 @@ func (s *server) importProducts(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	// A connection in full duplex whose body is not read to its end is no good for
+	// another request: net/http panics when it looks for one.
+	w.Header().Set("Connection", "close")
 	if err := stream.control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) { // only HTTP/1 is to be told
 		return err
 	}
