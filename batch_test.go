@@ -90,6 +90,8 @@ func TestBatchCreatesOnceForEachKey(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
 		first := createBatch(t, s, keyed(5)[:3])
+		clock := s.now
+		s.now = func() time.Time { return clock().Add(time.Hour) }
 		changed := keyed(5)
 		changed[1].Fingerprint = []byte("another")
 		again := createBatch(t, s, changed)
@@ -102,14 +104,17 @@ func TestBatchCreatesOnceForEachKey(t *testing.T) {
 				t.Errorf("entry %d: id %d, existed %t, %v", n, e.ID, e.Existed, e.Err)
 			}
 		}
-		clock := s.now
-		s.now = func() time.Time { return clock().Add(idempotencyTime) }
-		late := createBatch(t, s, keyed(3))
-		if late[0].Existed || late[0].ID <= again[4].ID {
-			t.Errorf("after a day: %+v", late[0])
+		s.now = func() time.Time { return clock().Add(idempotencyTime) } // for the first three it is over
+		late := createBatch(t, s, keyed(5))
+		for n, e := range late {
+			if e.Existed != (n >= 3) || e.Existed && e.ID != again[n].ID || !e.Existed && e.ID <= again[4].ID {
+				t.Errorf("after a day: entry %d: %+v", n, e)
+			}
 		}
-		if once := createBatch(t, s, keyed(3)); !once[0].Existed || once[0].ID != late[0].ID {
-			t.Errorf("and once more: %+v, want the id %d", once[0], late[0].ID)
+		for n, e := range createBatch(t, s, keyed(5)) {
+			if !e.Existed || e.ID != late[n].ID {
+				t.Errorf("and once more: %+v, want the id %d", e, late[n].ID)
+			}
 		}
 	})
 }

@@ -193,8 +193,14 @@ func startImport(t *testing.T, url, row string, headers ...string) *liveImport {
 		t.Fatal(err)
 	}
 	sending.Wait()
-	t.Cleanup(func() { response.Body.Close() })
-	return &liveImport{response, rows, json.NewDecoder(response.Body)}
+	var seen bytes.Buffer
+	t.Cleanup(func() {
+		response.Body.Close()
+		if err := checkExchange(request, []byte(row), response.StatusCode, response.Header, seen.Bytes()); err != nil {
+			t.Error(err)
+		}
+	})
+	return &liveImport{response, rows, json.NewDecoder(io.TeeReader(response.Body, &seen))}
 }
 
 func (l *liveImport) send(t *testing.T, rows string) {

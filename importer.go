@@ -128,7 +128,7 @@ func (im *importer) importRows(ctx context.Context) error {
 			}
 			im.await()
 		}
-		p, line, size, problem, err := im.rows.next()
+		next, err := im.rows.next()
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -136,24 +136,24 @@ func (im *importer) importRows(ctx context.Context) error {
 			err = ctx.Err() // and not what it made of the reading
 		}
 		if err != nil {
-			im.summary.Line = line
+			im.summary.Line = next.line
 			return err
 		}
-		im.add(p, line, size, problem)
+		im.add(next)
 	}
 }
 
-func (im *importer) add(p Product, line, size int, problem error) {
-	e := batchEntry{Product: p, Err: problem}
+func (im *importer) add(r row) {
+	e := batchEntry{Product: r.Product, Err: r.problem}
 	if e.Err == nil {
-		e.Err = im.allow(p.UserID)
+		e.Err = im.allow(r.UserID)
 	}
 	if e.Err == nil && im.key != "" {
-		e.Key = rowKey(im.key, line)
-		sum := sha256.Sum256(encodeJSON(rowOf(p)))
+		e.Key = rowKey(im.key, r.line)
+		sum := sha256.Sum256(encodeJSON(rowOf(r.Product)))
 		e.Fingerprint = sum[:]
 	}
-	im.batch, im.lines, im.bytes = append(im.batch, e), append(im.lines, line), im.bytes+size
+	im.batch, im.lines, im.bytes = append(im.batch, e), append(im.lines, r.line), im.bytes+r.size
 }
 
 // rowKey is the key under which a row is created once. A client's own key has no
@@ -176,7 +176,7 @@ func (im *importer) storeBatch(ctx context.Context) error {
 		result := e.result(im.lines[n], im.from)
 		im.summary.count(result.Status)
 		importedRows[result.Status].Inc()
-		if result.Status == rowCreated {
+		if result.ID != 0 {
 			im.stored(result.ID)
 		}
 		if err := im.write(result); err != nil {

@@ -89,24 +89,31 @@ func checkColumns(header []string) error {
 	return nil
 }
 
-// next reads the next row that is not blank, and answers the line on which it
-// begins and its size. problem is what is wrong with this row alone; after err
-// there are no more rows, and io.EOF says that all is well.
-func (r *rowReader) next() (p Product, line, size int, problem, err error) {
+// row is one row of an import.
+type row struct {
+	Product
+	line    int   // on which it begins
+	size    int   // of its text, in bytes
+	problem error // what is wrong with this row alone
+}
+
+// next reads the next row that is not blank. After an error, which is on the
+// answer's line, there are no more; io.EOF says that none is missing.
+func (r *rowReader) next() (row, error) {
 	line, text, err := r.nextText()
 	if errors.Is(err, errRowTooLong) {
-		return p, line, 0, err, nil
+		return row{line: line, problem: err}, nil
 	}
+	next := row{line: line, size: len(text)}
 	if err != nil {
-		return p, line, 0, nil, err
+		return next, err
 	}
-	size = len(text)
 	if r.format == csvRows {
-		p, problem = r.parseCSV(text)
+		next.Product, next.problem = r.parseCSV(text)
 	} else {
-		p, problem = readNewProduct(text)
+		next.Product, next.problem = readNewProduct(text)
 	}
-	return p, line, size, problem, nil
+	return next, nil
 }
 
 func (r *rowReader) nextText() (line int, text []byte, err error) {

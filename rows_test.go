@@ -26,18 +26,18 @@ func readRows(t *testing.T, in io.Reader, format rowFormat) (all []readRow) {
 		t.Fatal(err)
 	}
 	for {
-		p, line, _, problem, err := r.next()
+		next, err := r.next()
 		if errors.Is(err, io.EOF) {
 			return all
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		row := readRow{Line: line, Name: p.Name}
-		if problem != nil {
-			row = readRow{Line: line, Problem: problem.Error()}
+		got := readRow{Line: next.line, Name: next.Name}
+		if next.problem != nil {
+			got = readRow{Line: next.line, Problem: next.problem.Error()}
 		}
-		all = append(all, row)
+		all = append(all, got)
 	}
 }
 
@@ -119,15 +119,15 @@ func TestFieldsOfCSVFollowTheRulesOfJSON(t *testing.T) {
 		if err := r.begin(); err != nil {
 			t.Fatal(err)
 		}
-		_, _, _, problem, err := r.next()
+		next, err := r.next()
 		var invalid invalidInput
-		errors.As(problem, &invalid)
+		errors.As(next.problem, &invalid)
 		var named []string
 		for _, e := range invalid {
 			named = append(named, e.Field)
 		}
-		if err != nil || problem != nil && invalid == nil || !slices.Equal(named, wrong) {
-			t.Errorf("%q: %v, %v; want errors of %q", row, problem, err, wrong)
+		if err != nil || next.problem != nil && invalid == nil || !slices.Equal(named, wrong) {
+			t.Errorf("%q: %v, %v; want errors of %q", row, next.problem, err, wrong)
 		}
 	}
 }
