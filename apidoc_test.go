@@ -53,6 +53,9 @@ func (op *documentedOperation) parameters() (all []*openapi3.Parameter) {
 
 // openDocument reads the document once.
 var openDocument = sync.OnceValues(func() (*documentedAPI, error) {
+	for _, rows := range []string{string(ndjsonRows), "application/jsonl", string(csvRows)} { // a row is looked at by itself
+		openapi3filter.RegisterBodyDecoder(rows, openapi3filter.FileBodyDecoder)
+	}
 	spec, err := openapi3.NewLoader().LoadFromData(apiDocument)
 	if err != nil {
 		return nil, fmt.Errorf("read openapi.yaml: %w", err)
@@ -215,6 +218,8 @@ func (d *documentedAPI) checkBody(op *documentedOperation, documented openapi3.C
 	switch {
 	case media == nil:
 		return fmt.Errorf("the body is %q", kind)
+	case kind == string(ndjsonRows):
+		return d.checkLines(op, x.received)
 	case strings.HasSuffix(kind, "json"):
 		var value any
 		if err := json.Unmarshal(x.received, &value); err != nil {
@@ -223,6 +228,20 @@ func (d *documentedAPI) checkBody(op *documentedOperation, documented openapi3.C
 		return media.Schema.Value.VisitJSON(value, openapi3.EnableJSONSchema2020())
 	case kind == "text/event-stream":
 		return d.checkEvents(op, x.received)
+	}
+	return nil
+}
+
+// checkLines checks NDJSON by the schema of the operation's lines.
+func (d *documentedAPI) checkLines(op *documentedOperation, body []byte) error {
+	schema := "NewProduct"
+	if op.OperationID == "importProducts" {
+		schema = "ImportLine"
+	}
+	for line := range bytes.Lines(body) {
+		if err := d.matches(schema, line); err != nil {
+			return fmt.Errorf("the line %.500q: %w", line, err)
+		}
 	}
 	return nil
 }

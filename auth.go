@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -75,6 +76,14 @@ func boundTo(w http.ResponseWriter) *int64 {
 		return nil
 	}
 	return &who.UserID
+}
+
+// callerName tells callers apart; all are one if authentication is off.
+func callerName(w http.ResponseWriter) string {
+	if who := w.(*recorder).caller; who != nil {
+		return "user " + strconv.FormatInt(who.UserID, 10)
+	}
+	return "anybody"
 }
 
 // mayWrite says whether the caller may change products of this user.

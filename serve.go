@@ -399,6 +399,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		monitor:    a.monitor,
 		feed:       a.feed,
 		authOn:     a.Auth,
+		patience:   bulkPatience,
 		log:        a.log,
 		stopping:   make(chan struct{}),
 	}
