@@ -161,13 +161,18 @@ func wantEvents(t *testing.T, l *listening, want ...string) {
 // twoInstances are two APIs on one database.
 func twoInstances(t *testing.T, s *store) (urls [2]string) {
 	for n := range urls {
-		a := newAPIOn(t, s)
-		web := httptest.NewServer(a.handler)
-		t.Cleanup(web.Close)
-		t.Cleanup(func() { close(a.stopping) })
-		urls[n] = web.URL
+		urls[n], _ = newAPIOn(t, s).serve(t)
 	}
 	return urls
+}
+
+// serve answers over the network until the test ends, or its streams until stop.
+func (a *api) serve(t *testing.T) (url string, stop func()) {
+	web := httptest.NewServer(a.handler)
+	t.Cleanup(web.Close)
+	stop = sync.OnceFunc(func() { close(a.stopping) })
+	t.Cleanup(stop)
+	return web.URL, stop
 }
 
 // A client that comes back, to whichever instance, gets what it has missed, in
@@ -204,14 +209,13 @@ func TestStreamResumesOnAnotherInstance(t *testing.T) {
 func TestStreamFilters(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
-	web := httptest.NewServer(a.handler)
-	defer web.Close()
+	url, _ := a.serve(t)
 	other, err := a.store.CreateProduct(t.Context(), Product{UserID: addUser(t, a.store), Name: "x"}, origin{}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ofUser := listen(t, web.URL+"/events?user_id=1", "").placed(t)
-	ofProduct := listen(t, fmt.Sprintf("%s/events?user_id=%d&product_id=%d", web.URL, other.UserID, other.ID), "").placed(t)
+	ofUser := listen(t, url+"/events?user_id=1", "").placed(t)
+	ofProduct := listen(t, fmt.Sprintf("%s/events?user_id=%d&product_id=%d", url, other.UserID, other.ID), "").placed(t)
 	p := create(t, a.store)
 	if err := a.store.DeleteProduct(t.Context(), other.ID, always); err != nil {
 		t.Fatal(err)
@@ -304,10 +308,9 @@ func TestProductStreamResumes(t *testing.T) {
 func TestProductStreamEndsWithTheProduct(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
-	web := httptest.NewServer(a.handler)
-	defer web.Close()
+	url, _ := a.serve(t)
 	p := create(t, a.store, "https://a.example/1.jpg")
-	l := listen(t, fmt.Sprintf("%s/products/%d/events", web.URL, p.ID), "").placed(t)
+	l := listen(t, fmt.Sprintf("%s/products/%d/events", url, p.ID), "").placed(t)
 	if err := a.store.DeleteProduct(t.Context(), p.ID, always); err != nil {
 		t.Fatal(err)
 	}
@@ -339,13 +342,17 @@ func TestStreamTellsWhatWorkersDo(t *testing.T) {
 	t.Parallel()
 	eachDeployment(t, func(t *testing.T, api *instance) {
 		photos := newPhotoServer(t)
+		eventually(t, "the database has its tables", func() bool {
+			response, err := http.Get(api.url + "/products/1")
+			return err == nil && response.Body.Close() == nil && response.StatusCode == http.StatusNotFound
+		})
 		all := listen(t, api.url+"/events", "").placed(t)
 		p := api.post(t, photos.serve("/a", jpegPhoto(t, 50, 50), 503))
 		wantEvents(t, all, fmt.Sprintf("product %d created 1", p.ID), fmt.Sprintf("image %d/0 pending 1", p.ID), fmt.Sprintf("image %d/0 ready 1", p.ID))
 		all.close(t)
 		shown := api.get(t, p.ID)
-		if last := readEvents(all.all.String()); !strings.Contains(last[2].data, shown.Images[0].URL) || shown.Images[0].URL == "" {
-			t.Errorf("the event %+v, the product %+v", last[2], shown)
+		if last := readEvents(all.all.String()); !strings.Contains(last[len(last)-1].data, shown.Images[0].URL) || shown.Images[0].URL == "" {
+			t.Errorf("the events %+v, the product %+v", last, shown)
 		}
 	})
 }
@@ -438,20 +445,19 @@ func TestSilentStreamsAreKeptOpen(t *testing.T) {
 func TestStreamsEndWithTheServer(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
-	web := httptest.NewServer(a.handler)
-	defer web.Close()
+	url, stop := a.serve(t)
 	p := create(t, a.store, "https://a.example/1.jpg")
 	paths := []string{"/events", fmt.Sprintf("/products/%d/events", p.ID)}
 	var streams []*listening
 	for _, path := range paths {
-		response, err := http.Head(web.URL + path)
+		response, err := http.Head(url + path)
 		if err != nil || response.StatusCode != 200 {
 			t.Fatalf("HEAD: %v, %v", response, err)
 		}
-		streams = append(streams, listen(t, web.URL+path, "").placed(t))
+		streams = append(streams, listen(t, url+path, "").placed(t))
 	}
 	eventually(t, "two streams are open", func() bool { return a.limits.streaming.taken.Load() == 2 })
-	close(a.stopping)
+	stop()
 	var ended sync.WaitGroup
 	for _, l := range streams {
 		ended.Go(func() {

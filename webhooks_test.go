@@ -413,6 +413,10 @@ func TestDeletedWebhookGetsNothing(t *testing.T) {
 		if err := s.SettleDelivered(t.Context(), hook.ID, claimed[0]); err != nil {
 			t.Errorf("settling what was being sent: %v", err)
 		}
+		var left int
+		if err := queryRow(t.Context(), s, []any{&left}, `SELECT count(*) FROM deliveries`); err != nil || left != 0 {
+			t.Errorf("%d deliveries are left, %v", left, err)
+		}
 		create(t, s)
 		if more, err := s.MakeDeliveries(t.Context(), feedPage, nil); more || err != nil {
 			t.Errorf("more deliveries: %t, %v", more, err)
