@@ -51,7 +51,7 @@ func (s *server) importProducts(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := s.untilStopping(context.WithoutCancel(r.Context())) // a client that goes away is a read that fails
 	defer cancel()
 	defer context.AfterFunc(ctx, stream.interrupt)()
-	err = s.newImporter(ctx, stream, rowFormat(format), key).run(ctx)
+	err = s.newImporter(stream, rowFormat(format), key).run(ctx)
 	if err != nil && stream.begun {
 		s.logBroken(stream, "import", err) // its last line says so
 		return nil
@@ -59,13 +59,13 @@ func (s *server) importProducts(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-func (s *server) newImporter(ctx context.Context, stream *bulkStream, format rowFormat, key string) *importer {
+func (s *server) newImporter(stream *bulkStream, format rowFormat, key string) *importer {
 	out := bufio.NewWriterSize(stream, bulkBuffer)
 	return &importer{
 		store: s.store,
 		rows:  newRowReader(stream, format),
 		allow: func(user int64) error { return mayWrite(stream.w, user) },
-		await: func() { stream.awaitRow(ctx) },
+		await: stream.awaitRow,
 		write: func(result any) error {
 			_, err := out.Write(encodeJSON(result))
 			return err
@@ -177,15 +177,17 @@ func (s *server) openBulk(w http.ResponseWriter, r *http.Request, header http.He
 }
 
 // awaitRow gives the client time for the next row.
-func (b *bulkStream) awaitRow(ctx context.Context) {
+func (b *bulkStream) awaitRow() {
 	b.control.SetReadDeadline(time.Now().Add(b.patience)) // a failure is the next read's
-	if ctx.Err() != nil {                                 // it may have ended before the deadline was set
-		b.interrupt()
-	}
 }
 
-// interrupt ends a read that waits for the client.
-func (b *bulkStream) interrupt() { b.control.SetReadDeadline(time.Unix(1, 0)) }
+// stopPatience is how long a server that ends waits for the rest of a row. It is
+// not nothing: after a read that failed net/http cannot read on, and would reset
+// the connection of a client that is still sending, which then loses the end of
+// the answer.
+const stopPatience = time.Second
+
+func (b *bulkStream) interrupt() { b.control.SetReadDeadline(time.Now().Add(stopPatience)) }
 
 func (b *bulkStream) Read(data []byte) (int, error) {
 	n, err := b.body.Read(data)

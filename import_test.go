@@ -321,12 +321,19 @@ func TestImportByAClientThatNeverReadsIsCut(t *testing.T) {
 func TestImportThatIsBrokenOffGoesOnLater(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		fail, mend func(*testing.T, *api)
-		status     int
+		fail   func(*testing.T, *api, *liveImport)
+		mend   func(*testing.T, *api)
+		status int
 	}{
-		"server ends": {func(_ *testing.T, a *api) { close(a.stopping) }, func(_ *testing.T, a *api) { a.stopping = make(chan struct{}) }, 503},
+		"server ends": {
+			func(_ *testing.T, a *api, _ *liveImport) { close(a.stopping) },
+			func(_ *testing.T, a *api) { a.stopping = make(chan struct{}) }, 503,
+		},
 		"database fails": {
-			func(t *testing.T, a *api) { rename(t, a, "users", "others") },
+			func(t *testing.T, a *api, live *liveImport) {
+				rename(t, a, "users", "others")
+				live.send(t, rowOfUser(1, "c"))
+			},
 			func(t *testing.T, a *api) { rename(t, a, "others", "users") }, 500,
 		},
 	} {
@@ -335,8 +342,7 @@ func TestImportThatIsBrokenOffGoesOnLater(t *testing.T) {
 			a := newAPI(t)
 			live := startImport(t, served(t, a), rowOfUser(1, "a")+rowOfUser(1, "b"), "Idempotency-Key", "k")
 			first, second := live.next(t), live.next(t)
-			c.fail(t, a)
-			go io.WriteString(live.rows, rowOfUser(1, "c")) // which may not be read any more
+			c.fail(t, a, live)
 			end := live.next(t)
 			if first.Status != rowCreated || end.Status != importAborted || end.Line != 3 || end.Created != 2 || end.Error == nil || end.Error.Status != c.status {
 				t.Fatalf("the import ended with %+v", end)
@@ -350,6 +356,33 @@ func TestImportThatIsBrokenOffGoesOnLater(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An import that is broken off while rows come fast has told of each row before
+// the one where it ended.
+func TestImportThatIsBrokenOffLeavesNoGap(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	live := startImport(t, served(t, a), rowOfUser(1, "a"))
+	go func() { // ends with the connection
+		for err := error(nil); err == nil; {
+			_, err = io.WriteString(live.rows, strings.Repeat(rowOfUser(1, "b"), 50))
+		}
+	}()
+	told := 0
+	for {
+		line := live.next(t)
+		if line.Line != told+1 {
+			t.Fatalf("after line %d: %+v", told, line)
+		}
+		if line.Status == importAborted {
+			break
+		}
+		if told++; told == 1000 {
+			close(a.stopping)
+		}
+	}
+	live.rows.CloseWithError(io.ErrClosedPipe)
 }
 
 func rename(t *testing.T, a *api, from, to string) {

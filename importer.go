@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -126,18 +127,18 @@ func (im *importer) importRows(ctx context.Context) error {
 			if err := im.storeBatch(ctx); err != nil {
 				return err
 			}
-			im.await()
+			if im.await(); ctx.Err() != nil {
+				im.summary.Line = im.rows.text.lines + 1
+				return ctx.Err()
+			}
 		}
 		next, err := im.rows.next()
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
-		if ctx.Err() != nil {
-			err = ctx.Err() // and not what it made of the reading
-		}
-		if err != nil {
+		if err != nil { // the row was waited for, so no other is in hand
 			im.summary.Line = next.line
-			return err
+			return cmp.Or(ctx.Err(), err)
 		}
 		im.add(next)
 	}
