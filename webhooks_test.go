@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -247,11 +248,12 @@ func TestSlowReceiverHoldsUpNobodyElse(t *testing.T) {
 	quick := newReceiver(t, nil)
 	api.hook(t, slow.URL)
 	api.hook(t, quick.URL)
-	const products = 3 * webhookParallel
-	for range products {
-		api.post(t)
+	for round := range 3 { // each a look for what is due, or more
+		for range webhookParallel {
+			api.post(t)
+		}
+		eventually(t, "the quick receiver has all", func() bool { return len(quick.all()) == (round+1)*webhookParallel })
 	}
-	eventually(t, "the quick receiver has all", func() bool { return len(quick.all()) == products })
 	if n := len(slow.all()); n > webhookParallel {
 		t.Errorf("%d at once to the slow receiver", n)
 	}
@@ -329,7 +331,7 @@ func TestDeliveriesAreMadeOnce(t *testing.T) {
 					}
 					_, err := s.CreateProduct(t.Context(), p, origin{}, nil)
 					if err == nil {
-						_, err = s.MakeDeliveries(t.Context(), 3, func(e event) []byte { return []byte(e.What) })
+						_, err = s.MakeDeliveries(t.Context(), 1, func(e event) []byte { return []byte(e.What) })
 					}
 					if err != nil {
 						t.Error(err)
@@ -338,8 +340,13 @@ func TestDeliveriesAreMadeOnce(t *testing.T) {
 			})
 		}
 		making.Wait()
+		eventually(t, "the events can be read", func() bool { return len(logged(t, s, place{})) == 1+products })
+		late := hookOn(t, s, "http://c.example") // while the others have some of it before them
 		makeDeliveries(t, s, all, products)
 		makeDeliveries(t, s, theirs, products/4)
+		if shown, err := s.Webhook(t.Context(), late.ID); err != nil || shown.Waiting != 0 {
+			t.Errorf("%d deliveries of what was before the webhook, %v", shown.Waiting, err)
+		}
 		_, claimed, err := s.ClaimDeliveries(t.Context(), all.ID, 1, 1000)
 		ids := make(map[int64]bool)
 		for _, d := range claimed {
@@ -385,6 +392,27 @@ func TestDeliveryIsClaimedForATime(t *testing.T) {
 		}
 		if shown, err := s.Webhook(t.Context(), hook.ID); err != nil || shown.Waiting != 1 || shown.Failed != 0 || len(claim(4)) != 0 {
 			t.Errorf("after the late settlement: %+v, %v", shown, err)
+		}
+	})
+}
+
+// The least wait that a receiver asks for is kept.
+func TestReceiverSaysWhenToComeBack(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		hook := hookOn(t, s, "http://a.example")
+		create(t, s)
+		makeDeliveries(t, s, hook, 1)
+		d := newDeliverer(s, encoder{}, fetchLimits{}, imageSettings{RetryAttempts: 2, RetryBase: time.Millisecond}, slog.New(slog.DiscardHandler))
+		d.post = func(context.Context, string, http.Header, []byte) error {
+			return &imageError{Code: "http_503", RetryAfter: time.Hour}
+		}
+		d.lane(t.Context(), hook.ID)
+		for _, want := range []int{0, 1} {
+			if due, err := s.DueWebhooks(t.Context()); err != nil || len(due) != want {
+				t.Errorf("due: %v, %v, want %d", due, err, want)
+			}
+			advance(s, time.Hour+time.Second)
 		}
 	})
 }
@@ -508,9 +536,13 @@ func TestPostLooksAtTheStatusAlone(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			web := httptest.NewServer(c.answer)
 			defer web.Close()
-			f := newFetcher(fetchLimits{AllowPrivate: true, Timeout: settleTime})
+			f := newFetcher(fetchLimits{AllowPrivate: true, Timeout: 20 * time.Second})
 			defer f.transport.CloseIdleConnections()
+			start := time.Now()
 			err := f.Post(t.Context(), web.URL, http.Header{}, []byte("{}"))
+			if took := time.Since(start); took > 10*time.Second {
+				t.Errorf("took %v", took)
+			}
 			var failed *imageError
 			if errors.As(err, &failed); c.code == "" && err != nil || c.code != "" && (failed == nil || failed.Code != c.code || failed.RetryAfter != c.wait) {
 				t.Errorf("answered %v", err)
