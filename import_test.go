@@ -246,7 +246,8 @@ func TestImportIsRefusedWhileAnotherHasItsKey(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
 	a.limits.set(limitSettings{MaxRequests: 1})
-	live := startImport(t, served(t, a), rowOfUser(1, "a"), "Idempotency-Key", "k")
+	url := served(t, a)
+	live := startImport(t, url, rowOfUser(1, "a"), "Idempotency-Key", "k")
 	again := func(key string) answer {
 		return a.do(t, "POST", "/products/import", rowOfUser(1, "a"), "Content-Type", string(ndjsonRows), "Idempotency-Key", key)
 	}
@@ -255,6 +256,11 @@ func TestImportIsRefusedWhileAnotherHasItsKey(t *testing.T) {
 	a.do(t, "GET", "/products/export", "").wantProblem(t, 503)
 	if got := a.do(t, "GET", "/products/1", ""); got.Code != http.StatusOK {
 		t.Errorf("a read beside an import: %d", got.Code)
+	}
+	if events, err := http.Get(url + "/products/1/events"); err != nil || events.StatusCode != http.StatusOK {
+		t.Errorf("events beside an import: %v, %v", events, err)
+	} else {
+		events.Body.Close()
 	}
 	live.rows.Close()
 	io.Copy(io.Discard, live.Body)
