@@ -94,7 +94,7 @@ func (op *documentedOperation) body(t *testing.T) string {
 		return ""
 	}
 	if !op.takesJSON() {
-		return fmt.Sprint(op.RequestBody.Value.Content[string(ndjsonRows)].Examples["shoe"].Value.Value)
+		return fmt.Sprint(op.RequestBody.Value.Content[string(ndjsonRows)].Example)
 	}
 	for _, example := range op.RequestBody.Value.Content["application/json"].Examples {
 		body, err := json.Marshal(example.Value.Value)
