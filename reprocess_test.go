@@ -27,6 +27,22 @@ func reprocessAll(t *testing.T, s *store, id int64) (queued, version int64) {
 	return queued, version
 }
 
+// What has never been made is a dead letter, for a person to replay.
+func TestStoreReprocessLeavesDeadLettersAlone(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		job := publishDue(t, s)[0]
+		bury(t, s, job, permanent("http_404", "404 Not Found"))
+		if queued, _ := reprocessAll(t, s, p.ID); queued != 0 {
+			t.Errorf("queued %d of the product", queued)
+		}
+		if queued, _, err := s.Reprocess(t.Context(), []int64{job.ID}); queued != 0 || err != nil {
+			t.Errorf("queued %d by its id, %v", queued, err)
+		}
+	})
+}
+
 func TestStoreReprocessKeepsTheOldUntilTheNewIsSettled(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
