@@ -9,8 +9,8 @@ import (
 const (
 	// dispatchBatch is how many jobs one transaction claims.
 	dispatchBatch = confirmWindow
-	// dispatchTimeout bounds that transaction. It leaves the queue time to give
-	// up by itself, after which what was published is still marked.
+	// dispatchTimeout bounds the claim and the publishing of a batch. It leaves the
+	// queue time to give up by itself, and leaseTime leaves time to mark what it took.
 	dispatchTimeout = brokerTimeout + 5*time.Second
 	// pollInterval serves retries whose time has come, other instances' jobs, and
 	// whatever lost its Wake.
@@ -27,11 +27,11 @@ const (
 
 // jobSource is the store as the dispatcher needs it.
 type jobSource interface {
-	// DispatchDue claims up to limit due jobs, calls publish with them, and marks
-	// as published those not refused, also when publish returns an error; all in
-	// one short transaction, so that a crash leaves them due. It returns how many
-	// it published.
-	DispatchDue(ctx context.Context, limit int, publish func(context.Context, []Job) (refused []Job, err error)) (published int, err error)
+	// DispatchDue claims up to limit due jobs for leaseTime, calls publish with
+	// them, and marks as published those not refused, also when publish returns an
+	// error. After a crash in between they are due again when the lease is over. It
+	// returns how many it claimed.
+	DispatchDue(ctx context.Context, limit int, publish func(context.Context, []Job) (refused []Job, err error)) (claimed int, err error)
 	// RequeuePublished makes every published and unfinished job whose publishing
 	// is older than age due again, and returns how many.
 	RequeuePublished(ctx context.Context, age time.Duration) (int64, error)
@@ -116,7 +116,7 @@ func (d *dispatcher) drain(ctx context.Context) bool {
 		if d.queue.Ping(ctx) != nil {
 			return true
 		}
-		published, err := d.dispatch(ctx)
+		claimed, err := d.dispatch(ctx)
 		if err != nil {
 			d.health.fault("dispatch", "dispatching fails, retrying", err)
 			return false
@@ -125,7 +125,7 @@ func (d *dispatcher) drain(ctx context.Context) bool {
 			d.health.mended("dispatching works again")
 		}
 		d.pace.reset()
-		if published < dispatchBatch {
+		if claimed < dispatchBatch {
 			return true
 		}
 	}
@@ -134,11 +134,11 @@ func (d *dispatcher) drain(ctx context.Context) bool {
 
 // dispatch moves one batch. A refusal is an error even where the source makes
 // none of it, so that a queue that is full or gone is not offered jobs at speed.
-func (d *dispatcher) dispatch(ctx context.Context) (published int, err error) {
+func (d *dispatcher) dispatch(ctx context.Context) (claimed int, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dispatchTimeout)
 	defer cancel()
 	var refusal error
-	published, err = d.source.DispatchDue(ctx, dispatchBatch, func(ctx context.Context, jobs []Job) ([]Job, error) {
+	claimed, err = d.source.DispatchDue(ctx, dispatchBatch, func(ctx context.Context, jobs []Job) ([]Job, error) {
 		refused, err := d.queue.Publish(ctx, jobs)
 		if refusal = err; err == nil && len(refused) > 0 {
 			refusal = errQueueRefused
@@ -148,7 +148,7 @@ func (d *dispatcher) dispatch(ctx context.Context) (published int, err error) {
 	if err == nil {
 		err = refusal
 	}
-	return published, err
+	return claimed, err
 }
 
 // reconcile publishes again what has been published for long and is neither

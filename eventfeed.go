@@ -72,11 +72,12 @@ func (l *listener) leave() {
 }
 
 // caughtUp answers the place up to which the listener has taken all that it
-// wants, if nothing is waiting for it.
+// wants, if nothing is waiting for it. Who was left behind has missed some, also
+// once it has emptied its channel.
 func (l *listener) caughtUp() (at place, ok bool) {
 	l.feed.mu.Lock()
 	defer l.feed.mu.Unlock()
-	return l.feed.at, len(l.events) == 0
+	return l.feed.at, len(l.events) == 0 && l.feed.listeners[l]
 }
 
 // Run follows the log until ctx ends. While the database is away it stays where

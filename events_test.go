@@ -444,6 +444,26 @@ func TestSilentStreamsAreKeptOpen(t *testing.T) {
 	})
 }
 
+// Of what a client has missed since it was left behind it is not told the place,
+// also if its heartbeat comes before it sees that it was.
+func TestStreamLeftBehindDoesNotMoveOn(t *testing.T) {
+	t.Parallel()
+	feed := newEventFeed(nil, slog.New(slog.DiscardHandler))
+	l := feed.listen(place{7, 0}, func(event) bool { return true })
+	page := make([]event, feedBacklog+1)
+	for n := range page {
+		page[n].place = place{7, int64(n + 1)}
+	}
+	feed.pass(page)
+	for range l.events { // takes what had come, up to the end
+	}
+	w := &plainWriter{}
+	stream := &eventStream{w: w, control: http.NewResponseController(w), told: place{7, feedBacklog}}
+	if err := stream.beat(l); err != nil || w.String() != ":\n\n" {
+		t.Errorf("a heartbeat, %v: %q", err, w)
+	}
+}
+
 // Streams end with the server, and HEAD ends at once.
 func TestStreamsEndWithTheServer(t *testing.T) {
 	t.Parallel()

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // api is the HTTP side of the program on a database of its own, without a
@@ -433,6 +434,8 @@ func TestListRefuses(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
 	other := cursorAfter(Product{ID: 1, Price: 5}, "product_price").String()
+	early := cursorAfter(Product{ID: 1, CreatedAt: time.Date(0, 12, 31, 0, 0, 0, 0, time.UTC)}, "created_at").String()
+	late := cursorAfter(Product{ID: 1, CreatedAt: time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)}, "-created_at").String()
 	for query, fields := range map[string][]string{
 		"user_id=x": {"user_id"}, "user_id=0": {"user_id"}, "user_id=": {"user_id"},
 		"min_price=-1": {"min_price"}, "max_price=1.001": {"max_price"}, "min_price=NaN": {"min_price"},
@@ -440,6 +443,7 @@ func TestListRefuses(t *testing.T) {
 		"sort=price": {"sort"}, "sort=": {"sort"}, "sort=--id": {"sort"},
 		"name=%00": {"name"}, "name=%ff": {"name"},
 		"cursor=x": {"cursor"}, "cursor=" + other: {"cursor"}, "cursor=": {"cursor"}, "cursor=bnVsbA": {"cursor"},
+		"sort=created_at&cursor=" + early: {"cursor"}, "sort=-created_at&cursor=" + late: {"cursor"},
 		"limit=0&sort=x&user_id=y": {"user_id", "limit", "sort"},
 	} {
 		t.Run(query, func(t *testing.T) { a.do(t, "GET", "/products?"+query, "").wantProblem(t, 422, fields...) })

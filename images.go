@@ -37,7 +37,8 @@ WHERE status = 'pending' AND run_at = $2 AND claim = $3`
 const refusedDelay = time.Second
 
 // DispatchDue claims up to limit due jobs, hands them to publish, and marks
-// those that it did not refuse as published. It answers how many it claimed.
+// those that it did not refuse as published, also if it failed with the others.
+// It answers how many it claimed.
 //
 // The claim is a lease that is committed first: no lock is held while the broker
 // is waited for, and a job whose process dies in between is published again.
@@ -50,9 +51,6 @@ func (s *store) DispatchDue(ctx context.Context, limit int, publish func(context
 	}
 	point("claimed")
 	refused, publishErr := publish(ctx, jobs)
-	if publishErr != nil {
-		refused = jobs
-	}
 	// Also when ctx has ended meanwhile: what was published is best known as such.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaseTime/6)
 	defer cancel()
@@ -257,7 +255,7 @@ type failure struct {
 
 const settleFailed = `
 UPDATE images SET attempts = $3, error_code = $4, error_detail = $5,
-	status = $6, run_at = $7, failed_at = $8, lone_starts = 0
+	status = $6, run_at = $7, claim = 0, failed_at = $8, lone_starts = 0
 WHERE id = $1 AND product_id = $2 AND status = 'pending' AND attempts = $3 - 1`
 
 // SettleFailed records a failed try: the image is due again at f.RetryAt, or is
@@ -296,7 +294,7 @@ func (s *store) PutOff(ctx context.Context, id int64) error {
 			return err
 		}
 		due := s.now().Add(backoff(putOffBase, times+1)).Truncate(time.Millisecond)
-		_, err := tx.Exec(ctx, `UPDATE images SET run_at = $2, put_off = $3, lone_starts = 0 WHERE id = $1`, id, due, times+1)
+		_, err := tx.Exec(ctx, `UPDATE images SET run_at = $2, claim = 0, put_off = $3, lone_starts = 0 WHERE id = $1`, id, due, times+1)
 		return err
 	})
 	return wrap(fmt.Sprintf("put off image %d", id), err)

@@ -60,6 +60,26 @@ func TestStoreRequeuesWhatIsBeingPublished(t *testing.T) {
 	})
 }
 
+// A worker may be done with a job before its dispatcher has marked it as published.
+// Its wait counts from then on, also for a queue that begins empty.
+func TestStoreKeepsTheWaitsOfFastWorkers(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		create(t, s, "a", "b")
+		_, err := s.DispatchDue(t.Context(), 10, func(ctx context.Context, jobs []Job) ([]Job, error) {
+			retry := failure{imageError: transient("http_503", ""), Attempt: 1, RetryAt: s.now().Add(time.Hour)}
+			_, err := s.SettleFailed(ctx, jobs[0], retry)
+			return nil, errors.Join(err, s.PutOff(ctx, jobs[1].ID))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := s.RequeueAll(t.Context()); err != nil || n != 0 {
+			t.Errorf("%d that wait were requeued, %v", n, err)
+		}
+	})
+}
+
 func TestStoreConcurrentDispatchersShareTheWork(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
@@ -120,13 +140,17 @@ func TestStoreDispatchesAgainWhatTheBrokerDidNotTake(t *testing.T) {
 		}
 
 		broken := errors.New("broken")
-		create(t, s, "c")
-		if _, err := s.DispatchDue(t.Context(), 10, func(context.Context, []Job) ([]Job, error) { return nil, broken }); !errors.Is(err, broken) {
-			t.Errorf("a failed publish: %v", err)
+		create(t, s, "c", "d")
+		_, err = s.DispatchDue(t.Context(), 10, func(_ context.Context, jobs []Job) ([]Job, error) {
+			refused = jobs[1:]
+			return refused, broken
+		})
+		if !errors.Is(err, broken) {
+			t.Errorf("a publish that failed on the way: %v", err)
 		}
 		advance(s, 2*refusedDelay)
-		if again := publishDue(t, s); len(again) != 1 {
-			t.Errorf("after a failed publish %v were dispatched again, want 1", again)
+		if again := publishDue(t, s); !slices.Equal(again, refused) {
+			t.Errorf("after that dispatched again: %v, want %v", again, refused)
 		}
 	})
 }

@@ -76,7 +76,11 @@ func (c *cursor) value() (any, error) {
 		return number, json.Unmarshal(c.Key, &number)
 	case "created_at":
 		err := json.Unmarshal(c.Key, &number)
-		return time.UnixMilli(number).UTC(), err
+		at := time.UnixMilli(number).UTC()
+		if at.Year() < 1 || at.Year() > 9999 { // beyond what databases take for a time
+			err = errCursor
+		}
+		return at, err
 	default:
 		return text, json.Unmarshal(c.Key, &text)
 	}
