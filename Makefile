@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench chaos consistency lists slow-clients fuzz compare-images api-check deploy-check docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency lists slow-clients fuzz compare-images api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -117,6 +117,10 @@ consistency: servers tools
 ## lists: the plans of every list of a million products, read with EXPLAIN ANALYZE; a minute
 lists: servers tools
 	@REQUIRE_SERVERS=1 LISTS_PRODUCTS=1000000 go test -count=1 -run '^TestListsReadNoMoreThanTheyNeed$$' -v -timeout 30m .
+
+## bulk: an import of 100,000 rows, with its rate and memory; a minute. BULK_ROWS makes it longer or shorter
+bulk: servers tools
+	@REQUIRE_SERVERS=1 BULK_ROWS=$${BULK_ROWS:-100000} go test -count=1 -run '^TestBulkImport$$' -v .
 
 ## docker-test: make test in a container, for machines without the servers
 docker-test:

@@ -93,6 +93,9 @@ func (op *documentedOperation) body(t *testing.T) string {
 	if op.RequestBody == nil {
 		return ""
 	}
+	if !op.takesJSON() {
+		return fmt.Sprint(op.RequestBody.Value.Content[string(ndjsonRows)].Example)
+	}
 	for _, example := range op.RequestBody.Value.Content["application/json"].Examples {
 		body, err := json.Marshal(example.Value.Value)
 		if err != nil {
@@ -104,9 +107,14 @@ func (op *documentedOperation) body(t *testing.T) string {
 	return ""
 }
 
+// takesJSON says whether the operation's body is one JSON value.
+func (op *documentedOperation) takesJSON() bool {
+	return op.RequestBody != nil && op.RequestBody.Value.Content["application/json"] != nil
+}
+
 func malformed(t *testing.T, op *documentedOperation) answer {
 	a := newTokenAPI(t)
-	if op.RequestBody != nil {
+	if op.takesJSON() {
 		return a.do(t, op.method, op.target(nil), "{", "Authorization", a.admin)
 	}
 	return a.do(t, op.method, op.target(nil)+"?colour=red", "", "Authorization", a.admin)
@@ -147,7 +155,11 @@ func ofAnotherType(t *testing.T, op *documentedOperation) answer {
 func withWrongValue(t *testing.T, op *documentedOperation) answer {
 	a := newTokenAPI(t)
 	if op.RequestBody != nil {
-		return a.do(t, op.method, op.target(nil), `{"product_name":null}`, "Authorization", a.admin)
+		field := "product_name"
+		if schema := op.RequestBody.Value.Content["application/json"].Schema.Value; schema.Properties[field] == nil {
+			field = schema.Required[0]
+		}
+		return a.do(t, op.method, op.target(nil), fmt.Sprintf(`{%q:null}`, field), "Authorization", a.admin)
 	}
 	for _, p := range op.parameters() {
 		if p.In == "query" && p.Schema.Value.Min != nil {

@@ -21,6 +21,7 @@ import (
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
 	"github.com/getkin/kin-openapi/routers"
+	"github.com/santhosh-tekuri/jsonschema/v6"
 )
 
 // documentedAPI is openapi.yaml, ready to hold exchanges against it, and what
@@ -29,6 +30,7 @@ type documentedAPI struct {
 	spec       *openapi3.T
 	mux        *http.ServeMux // finds an operation's pattern, as "GET /products/{id}"
 	operations map[string]*documentedOperation
+	compiled   sync.Map // *openapi3.Schema to what compile makes of it
 	mu         sync.Mutex
 	seen       map[string]bool // "GET /products/{id} 200"
 }
@@ -53,6 +55,9 @@ func (op *documentedOperation) parameters() (all []*openapi3.Parameter) {
 
 // openDocument reads the document once.
 var openDocument = sync.OnceValues(func() (*documentedAPI, error) {
+	for _, rows := range []string{string(ndjsonRows), "application/jsonl", string(csvRows)} { // a row is looked at by itself
+		openapi3filter.RegisterBodyDecoder(rows, openapi3filter.FileBodyDecoder)
+	}
 	spec, err := openapi3.NewLoader().LoadFromData(apiDocument)
 	if err != nil {
 		return nil, fmt.Errorf("read openapi.yaml: %w", err)
@@ -144,7 +149,39 @@ func (d *documentedAPI) matches(schema string, data []byte) error {
 	if err := json.Unmarshal(data, &value); err != nil {
 		return err
 	}
-	return d.spec.Components.Schemas[schema].Value.VisitJSON(value, openapi3.EnableJSONSchema2020())
+	return d.validate(d.spec.Components.Schemas[schema].Value, value)
+}
+
+// validate checks a value against a schema, which it compiles once: kin-openapi,
+// would do so for each value.
+func (d *documentedAPI) validate(schema *openapi3.Schema, value any) error {
+	made, _ := d.compiled.LoadOrStore(schema, sync.OnceValues(func() (*jsonschema.Schema, error) { return d.compile(schema) }))
+	compiled, err := made.(func() (*jsonschema.Schema, error))()
+	if err != nil {
+		return err
+	}
+	return compiled.Validate(value)
+}
+
+// compile makes a schema a JSON Schema of its own (OpenAPI 3.1, section 4.8.24),
+// together with those that it refers to.
+func (d *documentedAPI) compile(schema *openapi3.Schema) (*jsonschema.Schema, error) {
+	const name = "schema.json"
+	whole := map[string]any{"allOf": []any{schema}, "components": map[string]any{"schemas": d.spec.Components.Schemas}}
+	data, err := json.Marshal(whole)
+	if err != nil {
+		return nil, err
+	}
+	resource, err := jsonschema.UnmarshalJSON(bytes.NewReader(data))
+	if err != nil {
+		return nil, err
+	}
+	compiler := jsonschema.NewCompiler()
+	compiler.AssertFormat()
+	if err := compiler.AddResource(name, resource); err != nil {
+		return nil, err
+	}
+	return compiler.Compile(name)
 }
 
 func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) error {
@@ -152,7 +189,7 @@ func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) err
 	if documented == nil {
 		return fmt.Errorf("%s has no such status: %s", op.pattern(), x.received)
 	}
-	if err := checkHeaders(documented.Value.Headers, x.header); err != nil {
+	if err := d.checkHeaders(documented.Value.Headers, x.header); err != nil {
 		return err
 	}
 	if err := d.checkBody(op, documented.Value.Content, x); err != nil {
@@ -168,7 +205,7 @@ func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) err
 // description or which say nothing about the service.
 var everywhere = []string{"Connection", "Content-Length", "Content-Security-Policy", "Content-Type", "Date", "Traceparent", "Transfer-Encoding", "X-Content-Type-Options"}
 
-func checkHeaders(documented openapi3.Headers, got http.Header) error {
+func (d *documentedAPI) checkHeaders(documented openapi3.Headers, got http.Header) error {
 	unknown := maps.Clone(got)
 	for _, name := range everywhere {
 		delete(unknown, name)
@@ -190,7 +227,7 @@ func checkHeaders(documented openapi3.Headers, got http.Header) error {
 			}
 			value = number
 		}
-		if err := ref.Value.Schema.Value.VisitJSON(value, openapi3.EnableJSONSchema2020()); err != nil {
+		if err := d.validate(ref.Value.Schema.Value, value); err != nil {
 			return fmt.Errorf("the header %s: %w", name, err)
 		}
 	}
@@ -215,14 +252,30 @@ func (d *documentedAPI) checkBody(op *documentedOperation, documented openapi3.C
 	switch {
 	case media == nil:
 		return fmt.Errorf("the body is %q", kind)
+	case kind == string(ndjsonRows):
+		return d.checkLines(op, x.received)
 	case strings.HasSuffix(kind, "json"):
 		var value any
 		if err := json.Unmarshal(x.received, &value); err != nil {
 			return err
 		}
-		return media.Schema.Value.VisitJSON(value, openapi3.EnableJSONSchema2020())
+		return d.validate(media.Schema.Value, value)
 	case kind == "text/event-stream":
 		return d.checkEvents(op, x.received)
+	}
+	return nil
+}
+
+// checkLines checks NDJSON by the schema of the operation's lines.
+func (d *documentedAPI) checkLines(op *documentedOperation, body []byte) error {
+	schema := "NewProduct"
+	if op.OperationID == "importProducts" {
+		schema = "ImportLine"
+	}
+	for line := range bytes.Lines(body) {
+		if err := d.matches(schema, line); err != nil {
+			return fmt.Errorf("the line %.500q: %w", line, err)
+		}
 	}
 	return nil
 }
@@ -249,7 +302,7 @@ func (d *documentedAPI) checkEvents(op *documentedOperation, stream []byte) erro
 // cannot tell; the document tells them in words.
 var beyondSchema = regexp.MustCompile(`there is no such user|must have at most two decimals|is not a cursor of this list|` +
 	`the character NUL|must be a number or a decimal string|must not contain a user name|at most 2048 bytes|` +
-	`must be the host of a URL|must be a time as in RFC 3339`)
+	`must be the host of a URL|must be a time as in RFC 3339|the base64 of|webhooks already`)
 
 // checkRequest checks that a request which was accepted is one that the
 // document allows, and that one refused for its values is not.

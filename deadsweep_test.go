@@ -67,14 +67,18 @@ func (b *burial) awaitCopies(t *testing.T, n int) {
 	})
 }
 
-// copies reads the dead queue without changing it.
+// copies reads the dead queue and waits until what it has read is back there:
+// who looks meanwhile finds it empty.
 func (b *burial) copies(t *testing.T) (ids []int64, foreign []string) {
 	t.Helper()
 	conn, err := amqp.Dial(b.queue.url)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close() // gives all back
+	defer func() {
+		conn.Close() // gives all back
+		b.awaitCopies(t, len(ids)+len(foreign))
+	}()
 	ch, err := conn.Channel()
 	if err != nil {
 		t.Fatal(err)

@@ -168,7 +168,7 @@ func (q sqliteQuerier) Exec(ctx context.Context, query string, args ...any) (int
 	if err != nil {
 		return 0, sqliteError(err)
 	}
-	result, err := stmt.ExecContext(ctx, args...)
+	result, err := stmt.ExecContext(ctx, sqliteArgs(args)...)
 	if err != nil {
 		return 0, sqliteError(err)
 	}
@@ -209,11 +209,15 @@ var rowLock = regexp.MustCompile(`\s+FOR UPDATE( SKIP LOCKED)?`)
 // JSON: see sqliteArgs.
 var anyOf = regexp.MustCompile(`= ANY\((\$\d+)\)`)
 
+// sqliteFunctions has SQLite's names of what PostgreSQL calls otherwise. Both
+// call the elements of a JSON array value, and a member of one value->>'name'.
+var sqliteFunctions = strings.NewReplacer("json_array_elements(", "json_each(", "decode(value->>'fingerprint', 'hex')", "unhex(value->>'fingerprint')", "$", "?")
+
 // sqliteSQL puts a query of the store into SQLite's dialect. The parameters
 // become ?N, since SQLite numbers $N by where it first stands.
 func sqliteSQL(query string) string {
 	query = anyOf.ReplaceAllString(rowLock.ReplaceAllString(query, ""), "IN (SELECT value FROM json_each($1))")
-	return strings.ReplaceAll(query, "$", "?")
+	return sqliteFunctions.Replace(query)
 }
 
 // sqliteArgs are a query's arguments with its arrays as JSON.

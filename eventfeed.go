@@ -11,6 +11,9 @@ const (
 	// feedPoll is how often the feed looks for other processes' events, and a
 	// stream whether a database that was away is back.
 	feedPoll = 200 * time.Millisecond
+	// feedPause is the least time between two looks, so that a rush of changes is
+	// read in pages and not one by one.
+	feedPause = 10 * time.Millisecond
 	// feedPage is how many events one query reads.
 	feedPage = 200
 	// feedTimeout is for one such query.
@@ -95,6 +98,10 @@ func (f *eventFeed) Run(ctx context.Context) error {
 			health.fault("events", "events cannot be read, retrying", err)
 		case err == nil && health.kind != "":
 			health.mended("events can be read again")
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(feedPause):
 		}
 	}
 }

@@ -145,10 +145,12 @@ const forgetBatch = 1000
 
 // forgetEvents looks no further than at the first events of the log, and leaves
 // one of them: so the place after the last is known as long as nothing happens.
+// What a webhook has not been given yet stays.
 const forgetEvents = `
 DELETE FROM events
 WHERE (tx, id) IN (SELECT tx, id FROM (SELECT tx, id, created_at FROM events ORDER BY tx, id LIMIT $2) AS first WHERE created_at < $1)
-	AND (tx, id) < (SELECT tx, id FROM events ORDER BY tx DESC, id DESC LIMIT 1)`
+	AND (tx, id) < (SELECT tx, id FROM events ORDER BY tx DESC, id DESC LIMIT 1)
+	AND NOT EXISTS (SELECT 1 FROM webhooks h WHERE h.gone_at IS NULL AND (h.seen_tx, h.seen_id) < (events.tx, events.id))`
 
 // ForgetEvents deletes those that are older than eventTime.
 func (s *store) ForgetEvents(ctx context.Context) error {

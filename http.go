@@ -45,6 +45,7 @@ type server struct {
 	authOn     bool
 	tokens     tokenCache
 	limits     requestLimits
+	patience   time.Duration // with the clients of imports and exports
 	log        *slog.Logger
 	inFlight   sync.Map      // Idempotency-Keys of requests in work
 	stopping   chan struct{} // closed when the server is to end
@@ -65,7 +66,14 @@ func (s *server) routes() http.Handler {
 	s.route(mux, "DELETE /products/{id}", anyToken, s.deleteProduct)
 	s.route(mux, "GET /products/{id}/events", anyToken, s.productEvents)
 	s.route(mux, "GET /events", anyToken, s.events)
+	s.route(mux, "POST /webhooks", anyToken, s.createWebhook)
+	s.route(mux, "GET /webhooks", anyToken, s.listWebhooks)
+	s.route(mux, "GET /webhooks/{id}", anyToken, s.getWebhook)
+	s.route(mux, "DELETE /webhooks/{id}", anyToken, s.deleteWebhook)
+	s.route(mux, "POST /webhooks/{id}/replay", anyToken, s.replayWebhook)
 	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, s.reprocessImages)
+	s.route(mux, "POST /products/import", anyToken, s.importProducts)
+	s.route(mux, "GET /products/export", anyToken, s.exportProducts)
 
 	s.route(mux, "GET /dead-letters", adminToken, s.listDeadLetters)
 	s.route(mux, "GET /dead-letters/{id}", adminToken, s.getDeadLetter)
@@ -107,14 +115,8 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	in, err := readProductInput(body, "user_id", "product_name", "product_description", "product_price", "product_images")
+	p, err := readNewProduct(body)
 	if err != nil {
-		return err
-	}
-	in.require("user_id", "product_name", "product_price")
-	p := Product{UserID: in.userID()}
-	in.apply(&p)
-	if err := in.err(); err != nil {
 		return err
 	}
 	if err := mayWrite(w, p.UserID); err != nil {
@@ -142,25 +144,38 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// maxKeyLength is that of an Idempotency-Key.
+const maxKeyLength = 255
+
 // idempotency reads the header Idempotency-Key. release is to be called when
 // the request is over: until then a second one with its key gets a 409.
 func (s *server) idempotency(r *http.Request, user int64, body []byte) (once *idempotency, release func(), err error) {
-	keys, given := r.Header["Idempotency-Key"]
-	if !given {
-		return nil, func() {}, nil
-	}
-	if len(keys) != 1 || !isPrintable(keys[0], 255) {
-		return nil, nil, &httpError{http.StatusBadRequest, "Idempotency-Key must be one key of 1 to 255 printable ASCII characters"}
-	}
-	held := fmt.Sprintf("%d %s", user, keys[0])
-	if _, busy := s.inFlight.LoadOrStore(held, true); busy {
-		return nil, nil, &httpError{http.StatusConflict, "a request with this Idempotency-Key is still in work"}
+	key, release, err := s.holdKey(r, strconv.FormatInt(user, 10))
+	if err != nil || key == "" {
+		return nil, release, err
 	}
 	fingerprint := sha256.Sum256(body)
 	return &idempotency{
-		Key: keys[0], Fingerprint: fingerprint[:],
+		Key: key, Fingerprint: fingerprint[:],
 		Render: func(p Product) []byte { return s.encoder.product(p).Body },
-	}, func() { s.inFlight.Delete(held) }, nil
+	}, release, nil
+}
+
+// holdKey answers the request's Idempotency-Key, if it has one, and keeps it from
+// other requests of the same scope until release is called.
+func (s *server) holdKey(r *http.Request, scope string) (key string, release func(), err error) {
+	keys, given := r.Header["Idempotency-Key"]
+	if !given {
+		return "", func() {}, nil
+	}
+	if len(keys) != 1 || !isPrintable(keys[0], maxKeyLength) {
+		return "", nil, &httpError{http.StatusBadRequest, fmt.Sprintf("Idempotency-Key must be one key of 1 to %d printable ASCII characters", maxKeyLength)}
+	}
+	held := scope + " " + keys[0]
+	if _, busy := s.inFlight.LoadOrStore(held, true); busy {
+		return "", nil, &httpError{http.StatusConflict, "a request with this Idempotency-Key is still in work"}
+	}
+	return keys[0], func() { s.inFlight.Delete(held) }, nil
 }
 
 func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
@@ -321,19 +336,27 @@ func pathID(r *http.Request) (int64, error) {
 	return id, nil
 }
 
-// readBody reads a body of one of the given types, the first of which is named
-// to a client that sent another.
-func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, error) {
+// bodyType answers which of the given types the body has. It must be in UTF-8
+// and not compressed.
+func bodyType(w http.ResponseWriter, r *http.Request, types ...string) (string, error) {
 	contentType, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if charset, ok := params["charset"]; err != nil || !slices.Contains(types, contentType) || ok && !strings.EqualFold(charset, "utf-8") {
 		if r.Method == http.MethodPatch {
 			w.Header().Set("Accept-Patch", strings.Join(types, ", "))
 		}
-		return nil, &httpError{http.StatusUnsupportedMediaType, "Content-Type must be " + strings.Join(types, " or ")}
+		return "", &httpError{http.StatusUnsupportedMediaType, "Content-Type must be " + strings.Join(types, " or ")}
 	}
 	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		w.Header().Set("Accept-Encoding", "identity") // RFC 9110, section 15.5.16
-		return nil, &httpError{http.StatusUnsupportedMediaType, "the body must not be compressed"}
+		return "", &httpError{http.StatusUnsupportedMediaType, "the body must not be compressed"}
+	}
+	return contentType, nil
+}
+
+// readBody reads a body of one of the given types.
+func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, error) {
+	if _, err := bodyType(w, r, types...); err != nil {
+		return nil, err
 	}
 	if r.ContentLength > maxBody {
 		return nil, errBodyTooLarge
@@ -348,12 +371,15 @@ func readBody(w http.ResponseWriter, r *http.Request, types ...string) ([]byte, 
 	case errors.As(err, &tooLarge):
 		return nil, errBodyTooLarge
 	case err != nil:
-		return nil, &httpError{http.StatusBadRequest, "the body could not be read"}
+		return nil, errBodyUnreadable
 	}
 	return body, rec.enter(&rec.limits.working)
 }
 
-var errBodyTooLarge = &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}
+var (
+	errBodyTooLarge   = &httpError{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body must have at most %d bytes", maxBody)}
+	errBodyUnreadable = &httpError{http.StatusBadRequest, "the body could not be read"}
+)
 
 // The limits of the parameter limit.
 const (
@@ -387,10 +413,7 @@ func readFilter(raw string) (productFilter, error) {
 		return f, err
 	}
 	var wrong invalidInput
-	wrong.check(query, "user_id", func(v string) (err error) { f.UserID, err = readID(v); return err })
-	wrong.check(query, "name", func(v string) (err error) { f.Name, err = v, checkText(v); return err })
-	wrong.check(query, "min_price", func(v string) (err error) { f.MinPrice, err = readPrice(v); return err })
-	wrong.check(query, "max_price", func(v string) (err error) { f.MaxPrice, err = readPrice(v); return err })
+	f.readSelection(query, &wrong)
 	wrong.check(query, "limit", func(v string) (err error) { f.Limit, err = readLimit(v); return err })
 	wrong.check(query, "sort", func(v string) error {
 		if !sortOrder(v).valid() {
@@ -401,6 +424,14 @@ func readFilter(raw string) (productFilter, error) {
 	})
 	wrong.check(query, "cursor", func(v string) (err error) { f.After, err = parseCursor(v, f.Sort); return err })
 	return f, wrong.err()
+}
+
+// readSelection reads the parameters that say which products are meant.
+func (f *productFilter) readSelection(query url.Values, wrong *invalidInput) {
+	wrong.check(query, "user_id", func(v string) (err error) { f.UserID, err = readID(v); return err })
+	wrong.check(query, "name", func(v string) (err error) { f.Name, err = v, checkText(v); return err })
+	wrong.check(query, "min_price", func(v string) (err error) { f.MinPrice, err = readPrice(v); return err })
+	wrong.check(query, "max_price", func(v string) (err error) { f.MaxPrice, err = readPrice(v); return err })
 }
 
 func readID(v string) (*int64, error) {

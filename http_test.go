@@ -41,7 +41,7 @@ func newAPIOn(t *testing.T, s *store) *api {
 	a := &api{log: log, server: &server{
 		store: s, products: newProductLoader(s, enc), encoder: enc,
 		wake: func() {}, invalidate: func(int64, int64) {}, replayed: func() {},
-		log: logger, stopping: make(chan struct{}),
+		log: logger, stopping: make(chan struct{}), patience: bulkPatience,
 		console: newConsole(), monitor: newMonitor(s, logger), feed: runFeed(t, s, logger),
 	}}
 	a.handler = a.routes()
@@ -80,7 +80,7 @@ func (a *api) do(t *testing.T, method, target, body string, headers ...string) a
 		t.Error(err)
 	}
 	out := answer{ResponseRecorder: w}
-	if strings.Contains(w.Header().Get("Content-Type"), "json") {
+	if kind := w.Header().Get("Content-Type"); strings.Contains(kind, "json") && kind != string(ndjsonRows) {
 		if err := json.Unmarshal(w.Body.Bytes(), &out.json); err != nil {
 			t.Fatalf("%s %s: %v in %q", method, target, err, w.Body)
 		}

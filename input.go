@@ -207,6 +207,26 @@ func readProductInput(body []byte, fields ...string) (*productInput, error) {
 	return &productInput{object: object}, nil
 }
 
+// newProductFields are those that a product is created with, in the order in
+// which an export has them.
+var newProductFields = []string{"user_id", "product_name", "product_description", "product_price", "product_images"}
+
+// readNewProduct reads a product that is to be created.
+func readNewProduct(body []byte) (Product, error) {
+	in, err := readProductInput(body, newProductFields...)
+	if err != nil {
+		return Product{}, err
+	}
+	return in.newProduct()
+}
+
+func (in *productInput) newProduct() (Product, error) {
+	in.require("user_id", "product_name", "product_price")
+	p := Product{UserID: in.userID()}
+	in.apply(&p)
+	return p, in.err()
+}
+
 // err is the error of all fields that were found wrong, or nil.
 func (in *productInput) err() error { return in.errors.err() }
 

@@ -43,7 +43,7 @@ func (j *janitor) Run(ctx context.Context) error {
 		case <-j.garbage:
 			j.report(ctx, j.collect(ctx))
 		case <-collect.C:
-			j.report(ctx, errors.Join(j.collect(ctx), j.store.ForgetIdempotencyKeys(ctx), j.store.ForgetEvents(ctx)))
+			j.report(ctx, errors.Join(j.collect(ctx), j.store.ForgetIdempotencyKeys(ctx), j.store.ForgetEvents(ctx), j.store.ForgetDeliveries(ctx)))
 		}
 	}
 }

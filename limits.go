@@ -17,10 +17,17 @@ type limitSettings struct {
 // Each kind has as many places, so that clients that send their bodies slowly,
 // or listen to events, take none from those that are in work. Answers that are
 // being sent hold no place: the server's write timeout bounds them.
+//
+// Imports and exports last as long as their clients like, and hold a batch of
+// products each, so they have fewer places: see maxBulk.
 type requestLimits struct {
-	working, reading, streaming places
-	rate                        int
+	working, reading, streaming, bulk places
+	rate                              int
 }
+
+// maxBulk bounds the imports and exports at once, if requests are bounded. The
+// largest rows take some 10 MB of each.
+const maxBulk = 16
 
 // set must come before the first request.
 func (l *requestLimits) set(to limitSettings) {
@@ -28,6 +35,7 @@ func (l *requestLimits) set(to limitSettings) {
 	for _, p := range []*places{&l.working, &l.reading, &l.streaming} {
 		p.most = int64(to.MaxRequests)
 	}
+	l.bulk.most = int64(min(to.MaxRequests, maxBulk))
 }
 
 // places are what a bounded number of requests can have at once.

@@ -76,6 +76,8 @@ func commands() []command {
 		{"dead replay", "ID... | -all | -code C -host H -user ID -since TIME  [-rate N] [-dry-run]", "queues dead letters anew: some, all, or those selected; at most N a second", deadReplayCommand},
 		{"dead discard", "ID...", "gives dead letters up for good", deadDiscardCommand},
 		{"reprocess", "PRODUCT... | -all | -host H -user ID  [-rate N] [-dry-run]", "makes images again after a setting changed: those of some products, all, or those selected; at most N a second", reprocessCommand},
+		{"import", "[-format ndjson|csv] [-user ID] [-key KEY] [-errors FILE] FILE|-", "creates a product of each row; prints the rows that were refused", importCommand},
+		{"export", "[-format ndjson|csv] [FILE|-]", "writes all products as an import takes them", exportCommand},
 		{"version", "", "tells which build this is", versionCommand},
 	}
 }

@@ -33,10 +33,8 @@ func (s *server) observe(mux http.Handler) http.Handler {
 
 // finish runs when a request's handler has returned or panicked.
 func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
-	if value := recover(); value != nil {
-		if value == http.ErrAbortHandler {
-			panic(value)
-		}
+	value := recover()
+	if value != nil && value != http.ErrAbortHandler {
 		s.log.LogAttrs(r.Context(), slog.LevelError, "panic in a handler",
 			slog.String("request_id", rec.origin.RequestID), slog.Any("err", value), slog.String("stack", string(debug.Stack())))
 		if rec.status == 0 {
@@ -53,6 +51,9 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 		s.monitor.traffic.count(rec.status, duration)
 	}
 	s.logRequest(rec, r, duration)
+	if value == http.ErrAbortHandler {
+		panic(value) // an answer that is broken off: the connection has to go
+	}
 }
 
 func (s *server) logRequest(rec *recorder, r *http.Request, duration time.Duration) {
@@ -193,13 +194,16 @@ type routeStats struct {
 // durationBuckets reach from a cached read to a request that times out.
 var durationBuckets = [...]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 
+// streams are the routes whose duration tells nothing: it is the client's choice.
+var streams = regexp.MustCompile(`/(events|import|export)$`)
+
 // unrouted counts the requests that no route took.
 var unrouted = newRouteStats("none")
 
 func newRouteStats(pattern string) *routeStats {
 	stats := &routeStats{
 		quiet:    pattern == "GET /healthz" || pattern == "GET /readyz" || pattern == "GET /metrics",
-		watched:  strings.Contains(pattern, " /products") && !strings.HasSuffix(pattern, "/events"), // a stream's duration tells nothing
+		watched:  strings.Contains(pattern, " /products") && !streams.MatchString(pattern),
 		duration: metrics.GetOrCreatePrometheusHistogramExt(fmt.Sprintf(`http_request_duration_seconds{route=%q}`, pattern), durationBuckets[:]),
 	}
 	for class := 1; class <= 5; class++ {
@@ -283,11 +287,18 @@ type problem struct {
 	Errors    []fieldError `json:"errors,omitempty"`
 }
 
+// problemFor is the whole problem document of an error.
+func problemFor(err error, from origin) *problem {
+	p := problemOf(err)
+	p.Type, p.Title, p.RequestID = "about:blank", http.StatusText(p.Status), from.RequestID
+	return &p
+}
+
 // renderError answers with err. This is the one place where errors become
 // statuses; what has none is a 500, logged and kept from the client.
 func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) {
 	from := originOf(w)
-	p := problemOf(err)
+	p := problemFor(err, from)
 	switch p.Status {
 	case http.StatusInternalServerError:
 		s.log.LogAttrs(r.Context(), slog.LevelError, "request failed", slog.String("request_id", from.RequestID), slog.Any("err", err))
@@ -299,7 +310,6 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", challenge(err))
 	}
-	p.Type, p.Title, p.RequestID = "about:blank", http.StatusText(p.Status), from.RequestID
 	body := encodeJSON(p)
 	header := w.Header()
 	header.Set("Content-Type", "application/problem+json")
@@ -332,6 +342,8 @@ func problemOf(err error) problem {
 		return problem{Status: http.StatusUnprocessableEntity, Detail: "some values are invalid, see errors", Errors: invalid}
 	case errors.Is(err, errUnknownUser):
 		return problemOf(invalidInput{{"user_id", "there is no such user"}})
+	case errors.Is(err, errTooManyWebhooks):
+		return problemOf(invalidInput{{"url", errTooManyWebhooks.Error()}})
 	case errors.Is(err, errKeyReused):
 		return problem{Status: http.StatusUnprocessableEntity, Detail: "the Idempotency-Key was used with another body"}
 	case errors.Is(err, errNotFound):

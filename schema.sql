@@ -211,3 +211,41 @@ END $$;
 -- Whatever changes what a product shows of an image names its status; the many
 -- updates on the way to and from the broker do not, and cost nothing here.
 CREATE TRIGGER images_changed AFTER UPDATE OF status ON images FOR EACH ROW EXECUTE FUNCTION note_image();
+
+-- Who is told of events over HTTP: see webhooks.go.
+CREATE TABLE webhooks (
+    id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    user_id     bigint REFERENCES users ON DELETE CASCADE, -- whose products, and whose webhook; null: all, and the admins'
+    url         text NOT NULL,
+    secret      text NOT NULL, -- as it is, since each delivery is signed with it
+    created_at  timestamptz NOT NULL,
+    seen_tx     bigint NOT NULL, -- the events up to here have become deliveries
+    seen_id     bigint NOT NULL,
+    gone_at     timestamptz, -- since its receiver has said so, it gets nothing
+    last_at     timestamptz, -- of the last try of a delivery
+    last_code   text NOT NULL DEFAULT '', -- of its failure; '' if there was none
+    last_detail text NOT NULL DEFAULT ''
+);
+
+CREATE INDEX webhooks_user ON webhooks (user_id);
+
+-- What a webhook has yet to be told, and what it could not be told: those that
+-- failed for good have no run_at.
+CREATE TABLE deliveries (
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    webhook_id   bigint NOT NULL REFERENCES webhooks ON DELETE CASCADE,
+    event_id     bigint NOT NULL,
+    product_id   bigint NOT NULL,
+    body         text NOT NULL, -- the same at each try
+    attempts     integer NOT NULL DEFAULT 0,
+    run_at       timestamptz,
+    claim        bigint NOT NULL DEFAULT 0, -- the sender's, while it sends; run_at is then its lease
+    failed_at    timestamptz,
+    error_code   text NOT NULL DEFAULT '',
+    error_detail text NOT NULL DEFAULT '',
+    request_id   text NOT NULL DEFAULT '',
+    traceparent  text NOT NULL DEFAULT ''
+);
+
+CREATE INDEX deliveries_due    ON deliveries (webhook_id, run_at);
+CREATE INDEX deliveries_failed ON deliveries (failed_at) WHERE run_at IS NULL;

@@ -164,3 +164,38 @@ CREATE TRIGGER images_changed AFTER UPDATE OF status ON images BEGIN
     VALUES ('image', NEW.product_id, NEW.user_id, NEW.id, NEW.position, NEW.source, NEW.status, NEW.attempts, NEW.error_code, NEW.error_detail,
         NEW.object_key, NEW.width, NEW.height, NEW.bytes, NEW.source_bytes, NEW.variants, NEW.request_id, NEW.traceparent);
 END;
+
+CREATE TABLE webhooks (
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id     INTEGER REFERENCES users ON DELETE CASCADE,
+    url         TEXT NOT NULL,
+    secret      TEXT NOT NULL,
+    created_at  TIMESTAMP NOT NULL,
+    seen_tx     INTEGER NOT NULL,
+    seen_id     INTEGER NOT NULL,
+    gone_at     TIMESTAMP,
+    last_at     TIMESTAMP,
+    last_code   TEXT NOT NULL DEFAULT '',
+    last_detail TEXT NOT NULL DEFAULT ''
+);
+
+CREATE INDEX webhooks_user ON webhooks (user_id);
+
+CREATE TABLE deliveries (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    webhook_id   INTEGER NOT NULL REFERENCES webhooks ON DELETE CASCADE,
+    event_id     INTEGER NOT NULL,
+    product_id   INTEGER NOT NULL,
+    body         TEXT NOT NULL,
+    attempts     INTEGER NOT NULL DEFAULT 0,
+    run_at       TIMESTAMP,
+    claim        INTEGER NOT NULL DEFAULT 0,
+    failed_at    TIMESTAMP,
+    error_code   TEXT NOT NULL DEFAULT '',
+    error_detail TEXT NOT NULL DEFAULT '',
+    request_id   TEXT NOT NULL DEFAULT '',
+    traceparent  TEXT NOT NULL DEFAULT ''
+);
+
+CREATE INDEX deliveries_due    ON deliveries (webhook_id, run_at);
+CREATE INDEX deliveries_failed ON deliveries (failed_at) WHERE run_at IS NULL;

@@ -53,6 +53,7 @@ type app struct {
 	janitor    *janitor
 	monitor    *monitor
 	feed       *eventFeed
+	deliverer  *deliverer
 	dead       *deadKeeper // nil: the queue keeps no copies of dead letters
 	listener   net.Listener
 	migrated   chan struct{} // closed when the database has its schema
@@ -96,11 +97,9 @@ func (a *app) open(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if a.name != "worker" {
-		a.publicURL = strings.TrimSuffix(a.PublicURL, "/")
-		if a.publicURL == "" {
-			a.publicURL = "http://" + a.listener.Addr().String()
-		}
+	a.publicURL = strings.TrimSuffix(a.PublicURL, "/")
+	if a.publicURL == "" && a.name != "worker" {
+		a.publicURL = "http://" + a.listener.Addr().String()
 	}
 	if a.store, err = a.openStore(ctx); err != nil {
 		return err
@@ -117,6 +116,7 @@ func (a *app) open(ctx context.Context) (err error) {
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
 	a.monitor = newMonitor(a.store, a.log)
 	a.feed = newEventFeed(a.store, a.log)
+	a.deliverer = newDeliverer(a.store, encoder{a.objectURL}, a.FetchLimits, a.Image, a.log)
 	a.janitor = newJanitor(a.store, a.blobs, a.log)
 	if copies, ok := a.queue.(deadQueue); ok {
 		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
@@ -208,7 +208,7 @@ func (a *app) openCache() error {
 	return nil
 }
 
-// invalidate tells the cache and the streams that a product has changed.
+// invalidate tells the streams of events and the cache that a product has changed.
 func (a *app) invalidate(id, version int64) {
 	a.feed.Wake()
 	if a.cache != nil {
@@ -252,6 +252,7 @@ func (a *app) run(ctx context.Context) error {
 		front.Go(func() error { return a.serveHTTP(frontCtx) })
 	}
 	if a.name != "api" {
+		back.Go(func() error { return a.afterMigration(backCtx, a.deliverer.Run) })
 		front.Go(func() error {
 			return a.afterMigration(frontCtx, func(stop context.Context) error { return a.process(backCtx, stop) })
 		})
@@ -284,7 +285,7 @@ func (a *app) logStart() {
 			"addr", a.listener.Addr().String(), "loopback", isLoopback(a.listenAddr()))
 	}
 	if a.FetchLimits.AllowPrivate {
-		a.log.Warn("images may be fetched from private addresses (IMAGE_ALLOW_PRIVATE)")
+		a.log.Warn("images may be fetched from private addresses, and webhooks sent there (IMAGE_ALLOW_PRIVATE)")
 	}
 }
 
@@ -398,6 +399,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		monitor:    a.monitor,
 		feed:       a.feed,
 		authOn:     a.Auth,
+		patience:   bulkPatience,
 		log:        a.log,
 		stopping:   make(chan struct{}),
 	}
