@@ -26,8 +26,11 @@ const (
 	// loadClientVar makes TestLoadClient, in a process of its own, a client.
 	loadClientVar = "PMS_LOAD_CLIENT"
 
-	// loadConnections is how many connections the client has.
+	// loadConnections is how many connections the client has at most.
 	loadConnections = 32
+
+	// fewConnections are too few for uncached reads to share many queries.
+	fewConnections = 4
 
 	// pacedRate is far below what one of two cores answers, in requests a second.
 	pacedRate = 2000
@@ -35,13 +38,14 @@ const (
 
 // loadClient is what a client is to send, and the status that it must get.
 type loadClient struct {
-	Addr     string
-	Header   http.Header
-	Status   int
-	Products int // those from 1 on are read; with loadConnections, each connection has one of its own and no two share a read by chance
-	Requests int
-	Rate     int    // requests a second; 0: as fast as they are answered
-	Result   string // the file for the latencies; with Rate only
+	Addr        string
+	Header      http.Header
+	Status      int
+	Products    int // those from 1 on are read; with as many connections, each has one of its own and no two share a read by chance
+	Requests    int
+	Connections int
+	Rate        int    // requests a second; 0: as fast as they are answered
+	Result      string // the file for the latencies; with Rate only
 }
 
 // run runs the client in a process of its own until it has sent everything.
@@ -86,12 +90,12 @@ func TestLoadClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	var group errgroup.Group
-	var all [loadConnections][]time.Duration
+	all := make([][]time.Duration, load.Connections)
 	began := time.Now()
-	for n := range loadConnections {
-		requests := (load.Requests + n) / loadConnections
+	for n := range load.Connections {
+		requests := (load.Requests + n) / load.Connections
 		group.Go(func() (err error) {
-			pace := newPace(began, load.Rate, n)
+			pace := load.pace(began, n)
 			all[n], err = load.send(fmt.Sprintf("/products/%d", n%load.Products+1), requests, pace)
 			return err
 		})
@@ -102,7 +106,7 @@ func TestLoadClient(t *testing.T) {
 	if load.Result == "" {
 		return
 	}
-	sorted := slices.Sorted(slices.Values(slices.Concat(all[:]...)))
+	sorted := slices.Sorted(slices.Values(slices.Concat(all...)))
 	data, err := json.Marshal(latencies{sorted[len(sorted)/2], sorted[len(sorted)*99/100]})
 	if err == nil {
 		err = os.WriteFile(load.Result, data, 0o600)
@@ -118,13 +122,13 @@ type pace struct {
 	every time.Duration // 0: at once
 }
 
-// newPace spreads the connections over the time between two requests of one.
-func newPace(began time.Time, rate, connection int) *pace {
-	if rate == 0 {
+// pace spreads the connections over the time between two requests of one.
+func (l loadClient) pace(began time.Time, connection int) *pace {
+	if l.Rate == 0 {
 		return &pace{}
 	}
-	every := time.Second * loadConnections / time.Duration(rate)
-	return &pace{began.Add(every * time.Duration(connection) / loadConnections), every}
+	every := time.Second * time.Duration(l.Connections) / time.Duration(l.Rate)
+	return &pace{began.Add(every * time.Duration(connection) / time.Duration(l.Connections)), every}
 }
 
 // next waits for the time of the next request and answers when its latency
@@ -203,7 +207,7 @@ func (l loadClient) parsedAnswer(conn net.Conn, request *http.Request, buf []byt
 func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status, rate int) {
 	web := httptest.NewServer(h)
 	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: max(b.N, loadConnections)}
+	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: max(b.N, loadConnections), Connections: loadConnections}
 	report(b, load.runPaced(b, rate))
 }
 
@@ -212,7 +216,7 @@ func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status, ra
 func saturation(b *testing.B, h http.Handler) int {
 	web := httptest.NewServer(h)
 	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Status: 200, Products: loadConnections, Requests: 100_000}
+	load := loadClient{Addr: web.Listener.Addr().String(), Status: 200, Products: loadConnections, Requests: 100_000, Connections: loadConnections}
 	began := time.Now()
 	load.run(b)
 	rate := int(float64(load.Requests) / time.Since(began).Seconds())
@@ -240,7 +244,7 @@ func BenchmarkGetWhileCompressing(b *testing.B) {
 	if err := post(); err != nil {
 		b.Fatal(err)
 	}
-	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Products: 1}
+	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Products: 1, Connections: loadConnections}
 	var idle latencies
 	b.Run("idle", func(b *testing.B) {
 		load.Requests = max(b.N, loadConnections)

@@ -81,7 +81,8 @@ func BenchmarkGet(b *testing.B) {
 		})
 	}
 	for _, c := range cases {
-		b.Run(c.name+"/loopback", func(b *testing.B) { benchmarkLoopback(b, c.handler, c.header, c.status) })
+		b.Run(c.name+"/loopback", func(b *testing.B) { benchmarkLoopback(b, c.handler, c.header, c.status, loadConnections) })
+		b.Run(c.name+"/few", func(b *testing.B) { benchmarkLoopback(b, c.handler, c.header, c.status, fewConnections) })
 	}
 	for _, c := range cases {
 		b.Run(c.name+"/paced", func(b *testing.B) { benchmarkPaced(b, c.handler, c.header, c.status, pacedRate) })
@@ -223,13 +224,22 @@ func BenchmarkObserve(b *testing.B) {
 	})
 }
 
-// bareHandler is the limit: it knows the bytes and writes them.
+// bareHandler is the limit: it knows the bytes of the answer, the header that
+// getProduct gives it included, and writes them.
 func bareHandler(doc document) http.Handler {
-	body, contentType, tag := doc.Body, []string{"application/json"}, []string{etag(doc.Version)}
+	header := [...]struct {
+		name  string
+		value []string
+	}{
+		{"Content-Type", headerJSON}, {"Etag", []string{etag(doc.Version)}}, {"Content-Length", []string{strconv.Itoa(len(doc.Body))}},
+		{"Cache-Control", headerRevalidate}, {"Cache-Status", headerHit},
+	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.Header()["Content-Type"] = contentType
-		w.Header()["Etag"] = tag
-		w.Write(body)
+		to := w.Header()
+		for _, field := range header {
+			to[field.name] = field.value
+		}
+		w.Write(doc.Body)
 	})
 }
 
@@ -249,10 +259,10 @@ func (w *discardResponse) WriteHeader(status int) { w.status = status }
 
 // benchmarkLoopback has another process send the requests, as fast as they are
 // answered, so that what this one spends (cpu-µs/op) is the server's alone.
-func benchmarkLoopback(b *testing.B, h http.Handler, header http.Header, status int) {
+func benchmarkLoopback(b *testing.B, h http.Handler, header http.Header, status, connections int) {
 	web := httptest.NewServer(h)
 	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: b.N}
+	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: b.N, Connections: connections}
 	before := cpuTime(b)
 	load.run(b)
 	b.ReportMetric(float64((cpuTime(b)-before).Nanoseconds())/1e3/float64(b.N), "cpu-µs/op")
