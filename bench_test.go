@@ -180,7 +180,7 @@ func benchmarkAPI(b *testing.B, products productReader, enc encoder) http.Handle
 
 // silentAPI is benchmarkAPI without the log line: the difference is what that costs.
 func silentAPI(products productReader, enc encoder) http.Handler {
-	s := &server{products: products, encoder: enc, stopping: make(chan struct{}), log: slog.New(slog.DiscardHandler)}
+	s := &server{products: products, encoder: enc, monitor: new(monitor), stopping: make(chan struct{}), log: slog.New(slog.DiscardHandler)}
 	return s.routes()
 }
 
