@@ -398,7 +398,7 @@ func TestDeadQueueWithoutADatabase(t *testing.T) {
 func TestDeadJobThatIsDeliveredAgain(t *testing.T) {
 	t.Parallel()
 	b := newBurial(t, testAMQP(t))
-	p := &pipeline{store: b.store, log: testLog(t)}
+	p := &pipeline{store: b.store, invalidate: func(int64, int64) {}, log: testLog(t)}
 	job := b.take(t, func(d Delivery) error { return d.Release() }) // as the broker does when a worker ends
 	again := receive(t, b.in.out)
 	settled(t, p.letGo(t.Context(), &work{delivery: again, log: p.log}))

@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -284,6 +286,52 @@ func TestHostileRequests(t *testing.T) {
 	}
 	if log := api.log.tail(1 << 20); strings.Contains(log, `"level":"ERROR"`) || strings.Contains(log, "panic") {
 		t.Error("the log has errors")
+	}
+}
+
+// A body that holds the beginning of an answer of net/http's own goes out as it
+// is, wherever the writes to its connection divide it.
+func TestABodyIsNotTakenForAnAnswer(t *testing.T) {
+	t.Parallel()
+	api := start(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
+	api.post(t)
+	const answer = "HTTP/1.1 417"
+	for padding := range len(answer) {
+		description := strings.Repeat("x", padding) + strings.Repeat(answer, 800)
+		body := productWith("product_description", strconv.Quote(description))
+		created, err := http.Post(api.url+"/products", "application/json", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(created.Body)
+		created.Body.Close()
+		if err != nil || !bytes.Contains(got, []byte(`"`+description+`"`)) {
+			t.Errorf("after %d bytes of padding: %v, a body of %d bytes", padding, err, len(got))
+		}
+	}
+}
+
+// What is not HTTP is refused as it should be behind a request that is, too.
+func TestASecondRequestThatIsNoHTTP(t *testing.T) {
+	t.Parallel()
+	api := start(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
+	conn, err := net.Dial("tcp", strings.TrimPrefix(api.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(settleTime))
+	io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nhello\r\n\r\n")
+	answers := bufio.NewReader(conn)
+	for _, want := range []int{200, 400} {
+		answer, err := http.ReadResponse(answers, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(answer.Body)
+		if err = errors.Join(err, checkHostileAnswer(hostileRequest{status: want}, answer, body)); err != nil {
+			t.Errorf("%v: %s", err, body)
+		}
 	}
 }
 

@@ -374,13 +374,18 @@ func (p *pipeline) putOff(ctx context.Context, w *work) error {
 
 // letGo settles the delivery of an image that is no longer wanted. One that is
 // dead already goes where its worker would have sent it, had it not ended
-// between the commit and that. (What it does not know, deadKeeper mends.)
+// between the commit and that. (What it does not know, deadKeeper mends.) Nor may
+// anybody know of the product's version: a worker that ended, or lost the answer
+// to its commit, did not tell.
 func (p *pipeline) letGo(ctx context.Context, w *work) error {
 	if w.outputs != nil {
 		discard := func() error { return p.store.DiscardUnwanted(ctx, w.image.ID, w.image.keys()) }
 		if err := p.persist(ctx, w, discard); err != nil {
 			return errors.Join(err, p.giveBack(ctx, w))
 		}
+	}
+	if product, err := p.store.Product(ctx, w.delivery.Job.ProductID); err == nil {
+		p.invalidate(product.ID, product.Version)
 	}
 	if w.delivery.Redelivered {
 		dead, err := p.store.deadAmong(ctx, []int64{w.delivery.Job.ID})

@@ -378,6 +378,7 @@ func newWebServer(handler http.Handler, log *slog.Logger) *http.Server {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       keepAliveTimeout,
 		MaxHeaderBytes:    maxRequestHeader,
+		ConnState:         answered,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" is refused in our own words

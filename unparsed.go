@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 )
 
 // What is not HTTP/1.1 as it should be, net/http answers itself, in plain text,
@@ -25,7 +26,7 @@ type unparsedListener struct {
 func (l unparsedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if tcp, ok := conn.(*net.TCPConn); ok {
-		return unparsedConn{tcp, l.server}, nil
+		return &unparsedConn{TCPConn: tcp, server: l.server}, nil
 	}
 	return conn, err
 }
@@ -34,11 +35,24 @@ func (l unparsedListener) Accept() (net.Conn, error) {
 type unparsedConn struct {
 	*net.TCPConn
 	server *server
+	begun  atomic.Bool // an answer is on its way
 }
 
-// Write relies on net/http to write such an answer whole, in one call, which
-// TestHostileRequests sees to.
-func (c unparsedConn) Write(data []byte) (int, error) {
+// answered is a hook of net/http: when a connection is idle, its answer has gone
+// out, and what is written next begins another one.
+func answered(conn net.Conn, state http.ConnState) {
+	if c, ok := conn.(*unparsedConn); ok && state == http.StateIdle {
+		c.begun.Store(false)
+	}
+}
+
+// Write looks at the beginning of an answer alone: what follows may be a body,
+// whose bytes others chose. It relies on net/http to write an answer of its own
+// whole, in one call, which TestHostileRequests sees to.
+func (c *unparsedConn) Write(data []byte) (int, error) {
+	if c.begun.Swap(true) {
+		return c.TCPConn.Write(data)
+	}
 	status := statusOfUnparsed(data)
 	if status == 0 {
 		return c.TCPConn.Write(data)
