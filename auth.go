@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/singleflight"
 )
 
 // access is who may call a route.
@@ -94,44 +96,78 @@ func mayWrite(w http.ResponseWriter, user int64) error {
 	return nil
 }
 
-// tokenTime is how long a token that was valid counts as valid without a look
-// at the database, so that cached reads need none. A revoked token is accepted
-// that long at most.
-const tokenTime = 5 * time.Second
+const (
+	// tokenTime is how long a token that was valid counts as valid without a look
+	// at the database, so that cached reads need none. A revoked token is accepted
+	// that long at most, while the database answers.
+	tokenTime = 5 * time.Second
+	// tokenGrace is how long a token counts as valid that the database cannot be
+	// asked about. What needs no database works on without it, and so do those who
+	// look what is wrong.
+	tokenGrace = 10 * time.Minute
+	// tokenPatience is how long the database may take over a token that is known.
+	tokenPatience = time.Second
+)
 
-// tokenCache remembers valid tokens for tokenTime. Only those: so it holds no
-// more entries than there have been tokens, and guessing costs it no memory.
+// tokenCache remembers valid tokens. Only those: so it holds no more entries
+// than there have been tokens, and guessing costs it no memory.
 type tokenCache struct {
-	known sync.Map // tokenKey to knownCaller
+	known   sync.Map           // tokenKey to knownCaller
+	looking singleflight.Group // by the whole sum
 }
 
 type knownCaller struct {
 	caller
 	sum    tokenSum
-	until  time.Time
+	seen   time.Time // when the database last had it
+	next   time.Time // when it has to be asked again
 	bucket *rateBucket
 }
 
-func (c *tokenCache) look(ctx context.Context, sum tokenSum, ask func(context.Context, tokenSum) (caller, error)) (knownCaller, error) {
-	found, _ := c.known.Load(sum.key())
-	known, ok := found.(knownCaller)
-	ok = ok && sum.equal(known.sum[:])
-	if ok && time.Now().Before(known.until) {
+// askToken answers whose token it is, or errNotFound.
+type askToken func(context.Context, tokenSum) (caller, error)
+
+// look answers whose token it is. Of those who have to ask at once, one does for
+// all, so the question does not end with its caller.
+func (c *tokenCache) look(ctx context.Context, sum tokenSum, ask askToken) (knownCaller, error) {
+	known, ok := c.find(sum)
+	if ok && time.Now().Before(known.next) {
 		return known, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	who, err := ask(ctx, sum)
-	if err != nil {
-		if ok && errors.Is(err, errNotFound) {
-			c.known.Delete(sum.key())
-		}
-		return knownCaller{}, err
-	}
-	if !ok {
+	found, err, _ := c.looking.Do(string(sum[:]), func() (any, error) {
+		return c.lookAgain(context.WithoutCancel(ctx), sum, ask)
+	})
+	return found.(knownCaller), err
+}
+
+func (c *tokenCache) find(sum tokenSum) (knownCaller, bool) {
+	found, _ := c.known.Load(sum.key())
+	known, ok := found.(knownCaller)
+	return known, ok && sum.equal(known.sum[:])
+}
+
+func (c *tokenCache) lookAgain(ctx context.Context, sum tokenSum, ask askToken) (knownCaller, error) {
+	known, ok := c.find(sum)
+	patience := requestTimeout
+	if ok {
+		patience = tokenPatience
+	} else {
 		known = knownCaller{sum: sum, bucket: new(rateBucket)}
 	}
-	known.caller, known.until = who, time.Now().Add(tokenTime)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	who, err := ask(ctx, sum)
+	now := time.Now()
+	switch {
+	case err == nil:
+		known.caller, known.seen = who, now
+	case ok && errors.Is(err, errNotFound):
+		c.known.Delete(sum.key())
+		return knownCaller{}, err
+	case !ok || now.After(known.seen.Add(tokenGrace)):
+		return knownCaller{}, err
+	}
+	known.next = now.Add(tokenTime)
 	c.known.Store(sum.key(), known)
 	return known, nil
 }

@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -163,29 +164,48 @@ func TestMalformedTokensCostNoQuery(t *testing.T) {
 	}
 }
 
-// A token is looked up once in tokenTime, so a revoked one is refused then; a
-// database that is away does not make a token unknown.
+// A token is looked up once in tokenTime, so a revoked one is refused then. A
+// database that is away, or hangs, does not make a token unknown for tokenGrace.
 func TestTokensAreLookedUpAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var c tokenCache
 		asked, answer := 0, error(nil)
 		look := func() (knownCaller, error) {
-			return c.look(t.Context(), sumOf("x"), func(context.Context, tokenSum) (caller, error) { asked++; return caller{UserID: 7}, answer })
+			return c.look(t.Context(), sumOf("x"), func(ctx context.Context, _ tokenSum) (caller, error) {
+				asked++
+				if answer == errUnavailable {
+					<-ctx.Done()
+				}
+				return caller{UserID: 7}, answer
+			})
 		}
 		first, err := look()
 		if err != nil || first.UserID != 7 {
 			t.Fatal(first, err)
 		}
-		answer = errNotFound
+		answer = errUnavailable
 		time.Sleep(tokenTime - 1) // the bubble's clock
 		if _, err := look(); err != nil || asked != 1 {
 			t.Errorf("within tokenTime: %v, asked %d times", err, asked)
 		}
-		answer = errUnavailable
 		time.Sleep(time.Nanosecond)
+		begin := time.Now()
+		var callers sync.WaitGroup
+		for range 20 {
+			callers.Go(func() {
+				if known, err := look(); err != nil || known.UserID != 7 {
+					t.Errorf("with the database away: %v", err)
+				}
+			})
+		}
+		callers.Wait()
+		if waited := time.Since(begin); waited != tokenPatience || asked != 2 {
+			t.Errorf("waited %v for a database that hangs, asked %d times", waited, asked)
+		}
+		time.Sleep(tokenGrace)
 		if _, err := look(); !errors.Is(err, errUnavailable) {
-			t.Errorf("with the database away: %v", err)
+			t.Errorf("with the database away for long: %v", err)
 		}
 		answer = nil
 		again, err := look()
@@ -196,6 +216,10 @@ func TestTokensAreLookedUpAgain(t *testing.T) {
 		time.Sleep(tokenTime)
 		if _, err := look(); !errors.Is(err, errNotFound) {
 			t.Errorf("revoked: %v", err)
+		}
+		answer = errUnavailable
+		if _, err := look(); !errors.Is(err, errUnavailable) {
+			t.Errorf("revoked, and then with the database away: %v", err)
 		}
 	})
 }

@@ -26,7 +26,7 @@ func (s *server) healthz(w http.ResponseWriter, r *http.Request) error {
 // required makes the program degraded: products are accepted and read all the
 // same, so traffic should still come here.
 func (s *server) readyz(w http.ResponseWriter, r *http.Request) error {
-	ready := s.readiness(r.Context())
+	ready := s.readiness()
 	status := http.StatusOK
 	if ready.Status == "unavailable" || ready.Status == "stopping" {
 		status = http.StatusServiceUnavailable
@@ -43,8 +43,8 @@ type readinessJSON struct {
 	Parts  map[string]string `json:"parts"`
 }
 
-func (s *server) readiness(ctx context.Context) readinessJSON {
-	ready := readinessJSON{"ready", checkParts(ctx, s.parts)}
+func (s *server) readiness() readinessJSON {
+	ready := readinessJSON{"ready", s.checkup.states(s.parts)}
 	for _, p := range s.parts {
 		if ready.Parts[p.name] == "ok" {
 			continue
@@ -61,10 +61,33 @@ func (s *server) readiness(ctx context.Context) readinessJSON {
 	return ready
 }
 
+// checkupTime is how long what was found counts: a stranger who asks again and
+// again costs the parts no more than one who asks each second.
+const checkupTime = time.Second
+
+// checkup is what was found when the parts were asked last.
+type checkup struct {
+	mu    sync.Mutex
+	found map[string]string // not written to again
+	until time.Time
+}
+
+// states answers how the parts are. Of callers at once, one asks for all; so the
+// question does not end with its caller.
+func (c *checkup) states(parts []part) map[string]string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Now().After(c.until) {
+		c.found = checkParts(parts)
+		c.until = time.Now().Add(checkupTime)
+	}
+	return c.found
+}
+
 // checkParts asks all parts at once how they are: "ok" or "unavailable". The
 // reasons are in the log, not for everybody who can reach /readyz.
-func checkParts(ctx context.Context, parts []part) map[string]string {
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+func checkParts(parts []part) map[string]string {
+	ctx, cancel := context.WithTimeout(context.Background(), pingTimeout)
 	defer cancel()
 	states := make(map[string]string, len(parts))
 	var mu sync.Mutex

@@ -39,6 +39,7 @@ type server struct {
 	replayed   func()                  // dead letters were replayed or discarded
 	media      handler                 // serves stored objects; nil if S3 does
 	parts      []part                  // what readiness depends on
+	checkup    checkup                 // of parts
 	console    console
 	monitor    *monitor
 	feed       *eventFeed

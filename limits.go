@@ -19,15 +19,20 @@ type limitSettings struct {
 // being sent hold no place: the server's write timeout bounds them.
 //
 // Imports and exports last as long as their clients like, and hold a batch of
-// products each, so they have fewer places: see maxBulk.
+// products each, so they have fewer places: see maxBulk. Those that watch the
+// program have places of their own, to learn that it is busy.
 type requestLimits struct {
-	working, reading, streaming, bulk places
-	rate                              int
+	working, reading, streaming, bulk, watching places
+	rate                                        int
 }
 
 // maxBulk bounds the imports and exports at once, if requests are bounded. The
 // largest rows take some 10 MB of each.
 const maxBulk = 16
+
+// maxWatching bounds the requests for metrics at once: strangers may send tokens
+// that have to be looked up.
+const maxWatching = 16
 
 // set must come before the first request.
 func (l *requestLimits) set(to limitSettings) {
@@ -36,6 +41,7 @@ func (l *requestLimits) set(to limitSettings) {
 		p.most = int64(to.MaxRequests)
 	}
 	l.bulk.most = int64(min(to.MaxRequests, maxBulk))
+	l.watching.most = int64(min(to.MaxRequests, maxWatching))
 }
 
 // places are what a bounded number of requests can have at once.

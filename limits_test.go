@@ -118,6 +118,48 @@ func TestRequestsBeyondTheLimitAreRefused(t *testing.T) {
 	}
 }
 
+// Whoever asks for the metrics has to be known, and until then has a place too.
+func TestMetricsHavePlacesOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	a.limits.set(limitSettings{MaxRequests: 1})
+	a.limits.watching.take()
+	a.do(t, "GET", "/metrics", "").wantProblem(t, 503)
+	for _, path := range []string{"/healthz", "/readyz", "/products"} {
+		if got := a.do(t, "GET", path, ""); got.Code != 200 {
+			t.Errorf("%s while the metrics have no place: %d", path, got.Code)
+		}
+	}
+}
+
+// However many ask how the parts are, each part is asked once a second.
+func TestReadinessIsFoundOutOnceForAll(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var c checkup
+		asked := 0
+		parts := []part{{"store", true, func(context.Context) error {
+			asked++
+			return nil
+		}}}
+		for second := 1; second <= 2; second++ {
+			var callers sync.WaitGroup
+			for range 20 {
+				callers.Go(func() {
+					if states := c.states(parts); states["store"] != "ok" {
+						t.Errorf("the parts are %v", states)
+					}
+				})
+			}
+			callers.Wait()
+			if asked != second {
+				t.Errorf("in second %d the store was asked %d times", second, asked)
+			}
+			time.Sleep(checkupTime + 1) // the bubble's clock
+		}
+	})
+}
+
 // Clients that send their bodies slowly take places from each other alone, and
 // so do those that listen to events.
 func TestSlowClientsTakeNoPlaceFromOthers(t *testing.T) {

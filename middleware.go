@@ -169,11 +169,10 @@ func (s *server) route(mux *http.ServeMux, pattern string, access access, h hand
 	})
 }
 
-// admit lets the handler answer if there is a place and the caller may. Those
-// who ask how the program is need no place: they are to learn that it is busy.
+// admit lets the handler answer if there is a place and the caller may.
 func (s *server) admit(rec *recorder, r *http.Request, access access, h handler) error {
-	if !rec.route.quiet {
-		if err := rec.enter(&s.limits.working); err != nil {
+	if place := s.placeFor(rec.route, access); place != nil {
+		if err := rec.enter(place); err != nil {
 			return err
 		}
 	}
@@ -181,6 +180,18 @@ func (s *server) admit(rec *recorder, r *http.Request, access access, h handler)
 		return err
 	}
 	return h(rec, r)
+}
+
+// placeFor is where a request begins. Those who ask how the program is are to
+// learn that it is busy; what everybody may ask of that costs next to nothing.
+func (s *server) placeFor(route *routeStats, access access) *places {
+	switch {
+	case !route.quiet:
+		return &s.limits.working
+	case access == noToken:
+		return nil
+	}
+	return &s.limits.watching
 }
 
 // routeStats are the metrics of one route.

@@ -53,7 +53,7 @@ func (s *server) overview(w http.ResponseWriter, r *http.Request) error {
 	}
 	samples := s.monitor.recent()
 	out := overviewJSON{
-		readinessJSON:   s.readiness(r.Context()),
+		readinessJSON:   s.readiness(),
 		UptimeSeconds:   time.Since(s.monitor.started).Seconds(),
 		IntervalSeconds: sampleInterval.Seconds(),
 		Samples:         make([]sampleJSON, len(samples)),

@@ -122,7 +122,7 @@ func (s *store) Tokens(ctx context.Context) ([]apiToken, error) {
 }
 
 // RevokeToken deletes a token, or answers errNotFound. Running instances accept
-// it until they look again: for tokenTime at most.
+// it until they look again: for tokenTime at most, see there.
 func (s *store) RevokeToken(ctx context.Context, id int64) error {
 	n, err := s.Exec(ctx, `DELETE FROM tokens WHERE id = $1`, id)
 	if err == nil && n == 0 {
