@@ -63,8 +63,9 @@ type compressedImage struct {
 // next to nothing whatever sizes the header claims. maxPixels bounds width
 // times height. Its errors are *imageError: not_an_image, too_many_pixels,
 // too_many_scans, corrupt_image.
-func readImageHeader(data []byte, maxPixels int64) (imageHeader, error) {
-	h, err := parseHeader(data)
+func readImageHeader(data []byte, maxPixels int64) (h imageHeader, err error) {
+	defer recoverCodec("read the header", &err)
+	h, err = parseHeader(data)
 	if err != nil {
 		return imageHeader{}, err
 	}
@@ -130,18 +131,19 @@ const keptShare = 0.75
 //	what the decoder allocates (the header readers know each format's formula)
 //	+ for each pixel of the output in hand the planes and the encoded form
 //	+ for each of those before it, what stays of them
-//	+ the source's copy without metadata
+//	+ the source's copy without metadata, and a profile for each output
 //	+ sideCost for each pixel of width + height, and fixedCost.
 func (h imageHeader) costAt(maxSide int, widths []int) int64 {
 	peak, kept := 0.0, 0.0
-	sides := h.Width + h.Height
+	sides, profiles := h.Width+h.Height, 0
 	for _, size := range h.outputSizes(maxSide, widths) {
 		bytes := float64(size.X) * float64(size.Y) * h.outputBytes
 		peak = max(peak, kept+bytes)
 		kept += bytes * keptShare
 		sides += size.X + size.Y
+		profiles += len(h.Profile)
 	}
-	return h.decodeBytes + int64(math.Ceil(peak)) + int64(h.sourceBytes) + sideCost*int64(sides) + fixedCost
+	return h.decodeBytes + int64(math.Ceil(peak)) + int64(h.sourceBytes+profiles) + sideCost*int64(sides) + fixedCost
 }
 
 // outputSizes are those of the image that fits in maxSide × maxSide and of its

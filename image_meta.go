@@ -332,8 +332,12 @@ func profileSpace(profile []byte) string {
 }
 
 // foreignProfile returns the profile unless it is sRGB, which is what clients
-// assume without one, or no profile at all.
+// assume without one, or no profile at all. One that is larger than any real one
+// is none either: each output would carry it.
 func foreignProfile(profile []byte) []byte {
+	if len(profile) > maxProfileBytes {
+		return nil
+	}
 	space := profileSpace(profile)
 	if space == "" || space == "RGB " && slices.Contains(srgbNames, profileDescription(profile)) {
 		return nil

@@ -222,6 +222,7 @@ func TestProfileIsKeptUnlessSRGB(t *testing.T) {
 		t.Fatal(err)
 	}
 	tests := map[string]struct{ data, want []byte }{
+		"jpeg, beyond all bounds":  {addJPEGProfile(big, append(bytes.Clone(wide), make([]byte, maxProfileBytes)...)), nil},
 		"jpeg":                     {addJPEGProfile(big, wide), wide},
 		"jpeg, kept":               {addJPEGProfile(poor, wide), wide},
 		"jpeg, srgb":               {addJPEGProfile(big, srgb), nil},
