@@ -19,12 +19,13 @@ const (
 // and when Flush is called at the end.
 type logBuffer struct {
 	mu        sync.Mutex
-	out       *bufio.Writer
-	scheduled bool // a flush will come
+	w         io.Writer
+	out       *bufio.Writer // to w
+	scheduled bool          // a flush will come
 }
 
 func newLogBuffer(w io.Writer) *logBuffer {
-	return &logBuffer{out: bufio.NewWriterSize(w, logBufferSize)}
+	return &logBuffer{w: w, out: bufio.NewWriterSize(w, logBufferSize)}
 }
 
 // Write takes one or more whole lines.
@@ -32,7 +33,7 @@ func (b *logBuffer) Write(lines []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if len(lines) > b.out.Available() {
-		b.out.Flush() // so that no line is written in two parts
+		b.flush() // so that no line is written in two parts
 	}
 	if !b.scheduled {
 		b.scheduled = true
@@ -41,11 +42,18 @@ func (b *logBuffer) Write(lines []byte) (int, error) {
 	return b.out.Write(lines)
 }
 
-// Flush writes what has gathered. Where it cannot be written there is nobody to
-// tell.
+// Flush writes what has gathered.
 func (b *logBuffer) Flush() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.scheduled = false
-	b.out.Flush()
+	b.flush()
+}
+
+// flush drops what cannot be written, since there is nobody to tell, and not what
+// comes after it: a disk that was full has room again.
+func (b *logBuffer) flush() {
+	if b.out.Flush() != nil {
+		b.out.Reset(b.w)
+	}
 }

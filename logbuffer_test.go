@@ -2,6 +2,7 @@ package main
 
 import (
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -43,4 +44,31 @@ type recordedWrites struct{ each []string }
 func (r *recordedWrites) Write(data []byte) (int, error) {
 	r.each = append(r.each, string(data))
 	return len(data), nil
+}
+
+// A log that could not be written for a time goes on afterwards.
+func TestLogGoesOnAfterAFailure(t *testing.T) {
+	t.Parallel()
+	out := &fullDisk{full: true}
+	b := newLogBuffer(out)
+	b.Write([]byte("lost\n"))
+	b.Flush()
+	out.full = false
+	b.Write([]byte("written\n"))
+	b.Flush()
+	if got := strings.Join(out.each, ""); got != "written\n" {
+		t.Errorf("written: %q", got)
+	}
+}
+
+type fullDisk struct {
+	recordedWrites
+	full bool
+}
+
+func (d *fullDisk) Write(data []byte) (int, error) {
+	if d.full {
+		return 0, syscall.ENOSPC
+	}
+	return d.recordedWrites.Write(data)
 }
