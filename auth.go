@@ -50,7 +50,7 @@ func (s *server) authenticate(rec *recorder, r *http.Request, access access) err
 	if access == adminToken && !known.Admin {
 		return errForbidden
 	}
-	rec.caller = &known.caller
+	rec.caller = &known
 	return nil
 }
 

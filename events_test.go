@@ -45,6 +45,43 @@ func readEvents(stream string) (events []sentEvent) {
 	return events
 }
 
+// A stream ends when its token is revoked.
+func TestStreamsEndWithTheirToken(t *testing.T) {
+	t.Parallel()
+	a := newTokenAPI(t)
+	web := httptest.NewServer(a.handler)
+	t.Cleanup(web.Close)
+	sum := sumOf(strings.TrimPrefix(a.stranger, "Bearer "))
+	known, err := a.server.tokens.look(t.Context(), sum, a.store.TokenCaller)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known.next = time.Now().Add(200 * time.Millisecond) // rather than tokenTime
+	a.server.tokens.known.Store(sum.key(), known)
+	var streams []*http.Response
+	for _, path := range []string{"/events", "/products/1/events"} {
+		request, err := http.NewRequestWithContext(t.Context(), "GET", web.URL+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Header.Set("Authorization", a.stranger)
+		response, err := http.DefaultClient.Do(request)
+		if err != nil || response.StatusCode != 200 {
+			t.Fatalf("%s: %v, %v", path, response, err)
+		}
+		t.Cleanup(func() { response.Body.Close() })
+		streams = append(streams, response)
+	}
+	if _, err := a.store.Exec(t.Context(), `DELETE FROM tokens WHERE sha256 = $1`, sum[:]); err != nil {
+		t.Fatal(err)
+	}
+	for _, stream := range streams {
+		if _, err := io.ReadAll(stream.Body); err != nil {
+			t.Errorf("%s: %v", stream.Request.URL.Path, err)
+		}
+	}
+}
+
 // listening is a client that follows a stream.
 type listening struct {
 	response *http.Response

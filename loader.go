@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"sync"
+	"time"
 )
 
 const (
@@ -37,15 +39,20 @@ func newProductLoader(db *store, enc encoder) *productLoader {
 	return &productLoader{store: db, encoder: enc, waiting: make(map[int64]*productLoad)}
 }
 
-// Product reads a product. It gives up when ctx ends; the query goes on for
-// those who wait for the same.
+// Product reads a product. It gives up when ctx ends, and after loadTimeout, since
+// it may have to wait for several queries; they go on for those who wait for the
+// same. A timer costs a reader less than a context of its own.
 func (l *productLoader) Product(ctx context.Context, id int64) (document, error) {
 	load := l.join(id)
+	late := time.NewTimer(loadTimeout)
+	defer late.Stop()
 	select {
 	case <-load.done:
 		return load.doc, load.err
 	case <-ctx.Done():
 		return document{}, ctx.Err()
+	case <-late.C:
+		return document{}, fmt.Errorf("read product %d: %w", id, errUnavailable)
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // countingDB counts the queries, and holds each back until it may go on.
@@ -95,4 +97,33 @@ func TestLoaderLetsAReaderGo(t *testing.T) {
 	if _, err := l.Product(ctx, 1); !errors.Is(err, context.Canceled) {
 		t.Errorf("a reader that gave up: %v", err)
 	}
+}
+
+// hungDB does not answer.
+type hungDB struct{ database }
+
+func (hungDB) Query(ctx context.Context, _ string, _ ...any) (rows, error) {
+	<-ctx.Done()
+	return nil, errUnavailable
+}
+
+// While the database hangs each reader is answered within loadTimeout, however
+// many queries are before its own.
+func TestLoaderDoesNotHangWithTheDatabase(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := newProductLoader(newStore(hungDB{}), encoder{})
+		start := time.Now()
+		var readers sync.WaitGroup
+		for n := range 10 * maxLoadBatch {
+			readers.Go(func() {
+				_, err := l.Product(t.Context(), int64(n+1))
+				if took := time.Since(start); !errors.Is(err, errUnavailable) || took > loadTimeout {
+					t.Errorf("product %d: %v after %v", n+1, err, took)
+				}
+			})
+		}
+		readers.Wait()
+		<-time.After(time.Hour) // of the bubble's clock: the queries end by themselves
+	})
 }

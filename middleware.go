@@ -100,8 +100,8 @@ func loggedPath(path string) string {
 type recorder struct {
 	http.ResponseWriter
 	origin   origin
-	caller   *caller   // nil if authentication is off, or not asked for
-	ids      [1]string // the request id, as a header has it
+	caller   *knownCaller // nil if authentication is off, or not asked for
+	ids      [1]string    // the request id, as a header has it
 	route    *routeStats
 	status   int
 	bytes    int64
