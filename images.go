@@ -78,6 +78,9 @@ const requeueAll = `
 UPDATE images SET run_at = $1, claim = 0
 WHERE status = 'pending' AND (run_at IS NULL OR run_at IS NOT NULL AND claim <> 0)`
 
+// requeueAllTime is enough for millions of rows.
+const requeueAllTime = 10 * time.Minute
+
 // RequeueAll makes every unfinished job that was published due again: for a
 // queue that begins empty. That includes what is claimed right now. It may have
 // gone to the queue that is no more, which RabbitMQ confirms all the same, and its
@@ -86,6 +89,8 @@ func (s *store) RequeueAll(ctx context.Context) (int64, error) {
 	if leftOut("refill") {
 		return 0, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, requeueAllTime)
+	defer cancel()
 	n, err := s.Exec(ctx, requeueAll, s.now())
 	return n, wrap("requeue all published images", err)
 }
