@@ -36,7 +36,9 @@ func openPostgres(ctx context.Context, url string) (*postgres, error) {
 	}
 	config.ConnConfig.ConnectTimeout = 5 * time.Second
 	config.PingTimeout = 2 * time.Second // of a connection that was idle
-	config.MaxConns = max(config.MaxConns, 8)
+	if !namesPoolSize(url) {
+		config.MaxConns = max(config.MaxConns, 8)
+	}
 	setDefault(config.ConnConfig.RuntimeParams, "application_name", "pms")
 	// A transaction of ours holds no lock while it waits for anything but
 	// PostgreSQL, so one that stays open is one whose client has died.
@@ -46,6 +48,13 @@ func openPostgres(ctx context.Context, url string) (*postgres, error) {
 		return nil, err
 	}
 	return &postgres{pool: pool, pgQuerier: pgQuerier{pool, statementTimeout}}, nil
+}
+
+// namesPoolSize says whether a URL sets how many connections there may be, which
+// the parsed settings of the pool do not tell from its default.
+func namesPoolSize(url string) bool {
+	config, err := pgx.ParseConfig(url)
+	return err == nil && config.RuntimeParams["pool_max_conns"] != ""
 }
 
 func setDefault(params map[string]string, name, value string) {

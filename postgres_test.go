@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -37,5 +38,20 @@ func TestPostgresThatIsSilentIsGivenUp(t *testing.T) {
 			}
 			eventually(t, "its connection is free", func() bool { return db.pool.Stat().AcquiredConns() == 0 })
 		})
+	}
+}
+
+// How many connections there may be is the URL's to say, above and below the default.
+func TestPostgresPoolSize(t *testing.T) {
+	t.Parallel()
+	for query, want := range map[string]int32{"pool_max_conns=3": 3, "pool_max_conns=50": 50, "": max(8, int32(runtime.NumCPU()))} {
+		db, err := openPostgres(t.Context(), "postgres://127.0.0.1:1/pms?"+query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := db.pool.Config().MaxConns; got != want {
+			t.Errorf("%q: %d connections, want %d", query, got, want)
+		}
+		db.Close()
 	}
 }
