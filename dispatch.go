@@ -20,7 +20,9 @@ const (
 	dispatchRetryMost  = 5 * time.Second
 
 	// reconcileInterval and reconcileAge catch jobs whose message was lost though
-	// the queue stood. The age is far above what an image in work may take.
+	// the queue stood. The age is far above what an image in work takes, but where
+	// IMAGE_TIMEOUT is long or storage away: it then gets a second message, which
+	// costs work and changes nothing, since the row is settled once.
 	reconcileInterval = 3 * time.Minute
 	reconcileAge      = 15 * time.Minute
 )

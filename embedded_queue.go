@@ -13,8 +13,8 @@ var errNotFilled = errors.New("the queue is not filled yet")
 
 // embeddedQueue is the queue within the process. It holds every published job in
 // memory, without a bound: a job is a few dozen bytes, and a Publish that waited
-// for workers would hold the database's writer lock that they need. Its content
-// ends with the process, so each start fills it anew from the rows.
+// for workers would outlive the lease of what it publishes. Its content ends with
+// the process, so each start fills it anew from the rows.
 type embeddedQueue struct {
 	refill func(context.Context) (int64, error)
 	log    *slog.Logger

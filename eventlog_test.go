@@ -144,7 +144,7 @@ func concurrentStore(t *testing.T) (s *store, begin func() (tx querier, commit f
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { tx.Rollback(context.Background()) })
-		return pgQuerier{tx}, func() {
+		return pgQuerier{tx, statementTimeout}, func() {
 			if err := tx.Commit(t.Context()); err != nil {
 				t.Fatal(err)
 			}

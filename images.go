@@ -78,6 +78,9 @@ const requeueAll = `
 UPDATE images SET run_at = $1, claim = 0
 WHERE status = 'pending' AND (run_at IS NULL OR run_at IS NOT NULL AND claim <> 0)`
 
+// requeueAllTime is enough for millions of rows.
+const requeueAllTime = 10 * time.Minute
+
 // RequeueAll makes every unfinished job that was published due again: for a
 // queue that begins empty. That includes what is claimed right now. It may have
 // gone to the queue that is no more, which RabbitMQ confirms all the same, and its
@@ -86,6 +89,8 @@ func (s *store) RequeueAll(ctx context.Context) (int64, error) {
 	if leftOut("refill") {
 		return 0, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, requeueAllTime)
+	defer cancel()
 	n, err := s.Exec(ctx, requeueAll, s.now())
 	return n, wrap("requeue all published images", err)
 }
@@ -330,14 +335,23 @@ const deletingTime = 15 * time.Second
 const garbageRetry = 10 * time.Second
 
 const claimGarbage = `
-UPDATE garbage SET deleting = true, delete_at = $2
-WHERE object_key IN (SELECT object_key FROM garbage WHERE delete_at <= $1 ORDER BY delete_at LIMIT $3 FOR UPDATE SKIP LOCKED)
+WITH due AS MATERIALIZED (
+	SELECT object_key FROM garbage
+	WHERE delete_at <= $1
+	ORDER BY delete_at
+	LIMIT $3 FOR UPDATE SKIP LOCKED)
+UPDATE garbage SET deleting = true, delete_at = $2 WHERE object_key IN (SELECT object_key FROM due)
 RETURNING object_key`
 
 // CollectGarbage deletes up to limit objects that are due, and answers how many
-// there were. remove must answer within deletingTime, and may be called for an
-// object twice.
+// there were. remove must end with its context, and may be called for an object
+// twice.
+//
+// That context ends before the claim does, also of a process that was frozen in
+// between: by then another may have deleted an object, and it may be in use anew.
 func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx context.Context, key string) error) (int, error) {
+	removing, cancel := context.WithTimeout(ctx, deletingTime)
+	defer cancel()
 	now := s.now()
 	until := now.Add(deletingTime)
 	scanKey := func(r rows) (key string, err error) { err = r.Scan(&key); return key, err }
@@ -347,7 +361,7 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 	}
 	point("garbage claimed")
 	for _, key := range keys {
-		if err := remove(ctx, key); err != nil {
+		if err := remove(removing, key); err != nil {
 			_, giveBack := s.Exec(ctx, `UPDATE garbage SET delete_at = $1 WHERE deleting AND delete_at = $2`, s.now().Add(garbageRetry), until)
 			return len(keys), errors.Join(fmt.Errorf("delete object %s: %w", key, err), wrap("give garbage back", giveBack))
 		}

@@ -282,6 +282,27 @@ func TestStoreCollectsGarbageUntilStorageHasTakenIt(t *testing.T) {
 	})
 }
 
+// All that a janitor has claimed it deletes before its claim is over, or not.
+func TestStoreDeletesNothingAfterTheClaim(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		create(t, s, "a")
+		if err := s.ReserveObject(t.Context(), publishDue(t, s)[0].ID, "first", "second"); err != nil {
+			t.Fatal(err)
+		}
+		advance(s, 2*garbageGrace)
+		var ends []time.Time
+		n, err := s.CollectGarbage(t.Context(), 10, func(ctx context.Context, key string) error {
+			end, _ := ctx.Deadline()
+			ends = append(ends, end)
+			return nil
+		})
+		if err != nil || n != 2 || ends[0].IsZero() || ends[0] != ends[1] {
+			t.Errorf("%d objects, %v, to be deleted until %v", n, err, ends)
+		}
+	})
+}
+
 func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {

@@ -21,6 +21,12 @@ type postgres struct {
 	pgQuerier
 }
 
+// statementTimeout bounds each statement of a caller that sets no deadline, as
+// those that try for ever do not. A server that falls silent without closing its
+// connections would otherwise keep them for as long as TCP does, a quarter of an
+// hour, and requests would find none that is free.
+const statementTimeout = time.Minute
+
 // openPostgres makes a pool that connects when it is first used, so that the
 // program starts while PostgreSQL is away. A bad URL is an error at once.
 func openPostgres(ctx context.Context, url string) (*postgres, error) {
@@ -29,7 +35,10 @@ func openPostgres(ctx context.Context, url string) (*postgres, error) {
 		return nil, err
 	}
 	config.ConnConfig.ConnectTimeout = 5 * time.Second
-	config.MaxConns = max(config.MaxConns, 8)
+	config.PingTimeout = 2 * time.Second // of a connection that was idle
+	if !namesPoolSize(url) {
+		config.MaxConns = max(config.MaxConns, 8)
+	}
 	setDefault(config.ConnConfig.RuntimeParams, "application_name", "pms")
 	// A transaction of ours holds no lock while it waits for anything but
 	// PostgreSQL, so one that stays open is one whose client has died.
@@ -38,7 +47,14 @@ func openPostgres(ctx context.Context, url string) (*postgres, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &postgres{pool: pool, pgQuerier: pgQuerier{pool}}, nil
+	return &postgres{pool: pool, pgQuerier: pgQuerier{pool, statementTimeout}}, nil
+}
+
+// namesPoolSize says whether a URL sets how many connections there may be, which
+// the parsed settings of the pool do not tell from its default.
+func namesPoolSize(url string) bool {
+	config, err := pgx.ParseConfig(url)
+	return err == nil && config.RuntimeParams["pool_max_conns"] != ""
 }
 
 func setDefault(params map[string]string, name, value string) {
@@ -59,15 +75,30 @@ func (p *postgres) QueryOnce(ctx context.Context, sql string, args ...any) (rows
 }
 
 func (p *postgres) InTx(ctx context.Context, do func(querier) error) error {
-	tx, err := p.pool.Begin(ctx)
+	tx, err := p.begin(ctx)
 	if err != nil {
 		return pgError(err)
 	}
-	defer tx.Rollback(context.WithoutCancel(ctx)) // a no-op after the commit
-	if err := do(pgQuerier{tx}); err != nil {
+	defer p.rollback(ctx, tx) // a no-op after the commit
+	if err := do(pgQuerier{tx, p.timeout}); err != nil {
 		return err
 	}
+	ctx, cancel := p.bounded(ctx)
+	defer cancel()
 	return pgError(tx.Commit(ctx))
+}
+
+func (p *postgres) begin(ctx context.Context) (pgx.Tx, error) {
+	ctx, cancel := p.bounded(ctx)
+	defer cancel()
+	return p.pool.Begin(ctx)
+}
+
+// rollback happens also when ctx has ended.
+func (p *postgres) rollback(ctx context.Context, tx pgx.Tx) {
+	ctx, cancel := p.bounded(context.WithoutCancel(ctx))
+	defer cancel()
+	_ = tx.Rollback(ctx) // a connection on which it fails is not used again
 }
 
 // migrationLock is the advisory lock under which one instance at a time looks
@@ -76,6 +107,8 @@ const migrationLock = 0x706d73 // "pms"
 
 // Migrate brings the schema to schemaVersion, creating it in an empty database.
 func (p *postgres) Migrate(ctx context.Context) error {
+	ctx, cancel := p.bounded(ctx)
+	defer cancel()
 	return p.InTx(ctx, func(tx querier) error {
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, migrationLock); err != nil {
 			return err
@@ -93,22 +126,44 @@ type pgQuerier struct {
 		Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 		Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 	}
+	timeout time.Duration // of a statement whose caller sets no deadline
+}
+
+// bounded is ctx with a deadline: its own, if it has one.
+func (q pgQuerier) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, q.timeout)
 }
 
 func (q pgQuerier) Exec(ctx context.Context, sql string, args ...any) (int64, error) {
+	ctx, cancel := q.bounded(ctx)
+	defer cancel()
 	tag, err := q.conn.Exec(ctx, sql, args...)
 	return tag.RowsAffected(), pgError(err)
 }
 
 func (q pgQuerier) Query(ctx context.Context, sql string, args ...any) (rows, error) {
+	ctx, cancel := q.bounded(ctx)
 	r, err := q.conn.Query(ctx, sql, args...)
 	if err != nil {
+		cancel()
 		return nil, pgError(err)
 	}
-	return pgRows{r}, nil
+	return pgRows{r, cancel}, nil
 }
 
-type pgRows struct{ pgx.Rows }
+// pgRows are a result that is read within the deadline of its query.
+type pgRows struct {
+	pgx.Rows
+	cancel context.CancelFunc
+}
+
+func (r pgRows) Close() {
+	r.Rows.Close()
+	r.cancel()
+}
 
 func (r pgRows) Err() error { return pgError(r.Rows.Err()) }
 
