@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 
@@ -34,6 +35,24 @@ func TestEveryOperationRefusesAsDocumented(t *testing.T) {
 					t.Errorf("not a problem document: %v %s", got.Header(), got.Body)
 				}
 			})
+		}
+	}
+}
+
+// files are served whatever their query is: it tells their versions apart.
+var files = []string{"/", "/console/{file}", "/openapi.yaml", "/media/products/{product}/{file}"}
+
+// A parameter that is not known is refused by every operation, before anything
+// is done.
+func TestUnknownQueryParametersAreRefused(t *testing.T) {
+	t.Parallel()
+	a := newTokenAPI(t)
+	for pattern, op := range described(t).operations {
+		if slices.Contains(files, op.path) {
+			continue
+		}
+		if got := a.do(t, op.method, op.target(nil)+"?colour=red", op.body(t), "Authorization", a.admin); got.Code != http.StatusBadRequest {
+			t.Errorf("%s: %d %s", pattern, got.Code, got.Body)
 		}
 	}
 }

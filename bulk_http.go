@@ -26,9 +26,6 @@ const bulkBuffer = 64 << 10
 // importProducts creates a product of each row of the body. The results go out
 // while the rows still come in.
 func (s *server) importProducts(w http.ResponseWriter, r *http.Request) error {
-	if _, err := readQuery(r.URL.RawQuery); err != nil {
-		return err
-	}
 	format, err := bodyType(w, r, string(ndjsonRows), "application/jsonl", string(csvRows))
 	if err != nil {
 		return err

@@ -59,32 +59,32 @@ type handler func(w http.ResponseWriter, r *http.Request) error
 // routes is the table of contents of the API.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
-	s.route(mux, "POST /products", anyToken, s.createProduct)
-	s.route(mux, "GET /products/{id}", anyToken, s.getProduct)
+	s.route(mux, "POST /products", anyToken, noQuery(s.createProduct))
+	s.route(mux, "GET /products/{id}", anyToken, noQuery(s.getProduct))
 	s.route(mux, "GET /products", anyToken, s.listProducts)
-	s.route(mux, "PATCH /products/{id}", anyToken, s.patchProduct)
-	s.route(mux, "PUT /products/{id}", anyToken, s.putProduct)
-	s.route(mux, "DELETE /products/{id}", anyToken, s.deleteProduct)
-	s.route(mux, "GET /products/{id}/events", anyToken, s.productEvents)
+	s.route(mux, "PATCH /products/{id}", anyToken, noQuery(s.patchProduct))
+	s.route(mux, "PUT /products/{id}", anyToken, noQuery(s.putProduct))
+	s.route(mux, "DELETE /products/{id}", anyToken, noQuery(s.deleteProduct))
+	s.route(mux, "GET /products/{id}/events", anyToken, noQuery(s.productEvents))
 	s.route(mux, "GET /events", anyToken, s.events)
-	s.route(mux, "POST /webhooks", anyToken, s.createWebhook)
-	s.route(mux, "GET /webhooks", anyToken, s.listWebhooks)
-	s.route(mux, "GET /webhooks/{id}", anyToken, s.getWebhook)
-	s.route(mux, "DELETE /webhooks/{id}", anyToken, s.deleteWebhook)
-	s.route(mux, "POST /webhooks/{id}/replay", anyToken, s.replayWebhook)
-	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, s.reprocessImages)
-	s.route(mux, "POST /products/import", anyToken, s.importProducts)
+	s.route(mux, "POST /webhooks", anyToken, noQuery(s.createWebhook))
+	s.route(mux, "GET /webhooks", anyToken, noQuery(s.listWebhooks))
+	s.route(mux, "GET /webhooks/{id}", anyToken, noQuery(s.getWebhook))
+	s.route(mux, "DELETE /webhooks/{id}", anyToken, noQuery(s.deleteWebhook))
+	s.route(mux, "POST /webhooks/{id}/replay", anyToken, noQuery(s.replayWebhook))
+	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, noQuery(s.reprocessImages))
+	s.route(mux, "POST /products/import", anyToken, noQuery(s.importProducts))
 	s.route(mux, "GET /products/export", anyToken, s.exportProducts)
 
 	s.route(mux, "GET /dead-letters", adminToken, s.listDeadLetters)
-	s.route(mux, "GET /dead-letters/{id}", adminToken, s.getDeadLetter)
-	s.route(mux, "POST /dead-letters/{id}/replay", adminToken, s.replayDeadLetter)
+	s.route(mux, "GET /dead-letters/{id}", adminToken, noQuery(s.getDeadLetter))
+	s.route(mux, "POST /dead-letters/{id}/replay", adminToken, noQuery(s.replayDeadLetter))
 	s.route(mux, "POST /dead-letters/replay", adminToken, s.replayDeadLetters)
-	s.route(mux, "DELETE /dead-letters/{id}", adminToken, s.discardDeadLetter)
+	s.route(mux, "DELETE /dead-letters/{id}", adminToken, noQuery(s.discardDeadLetter))
 
 	s.route(mux, "GET /{$}", noToken, s.console.page)
 	s.route(mux, "GET /console/{file}", noToken, s.console.file)
-	s.route(mux, "GET /overview", adminToken, s.overview)
+	s.route(mux, "GET /overview", adminToken, noQuery(s.overview))
 	s.route(mux, "GET /openapi.yaml", noToken, s.apiDescription)
 	if s.media != nil {
 		s.route(mux, "GET /media/{key...}", noToken, s.media)
@@ -102,11 +102,24 @@ func (s *server) workerRoutes() http.Handler {
 
 // operationRoutes are for the machines and people that run the program.
 func (s *server) operationRoutes(mux *http.ServeMux) {
-	s.route(mux, "GET /healthz", noToken, s.healthz)
-	s.route(mux, "GET /readyz", noToken, s.readyz)
-	s.route(mux, "GET /metrics", adminToken, s.metrics)
-	s.route(mux, "GET /debug/pprof/{$}", adminToken, s.listProfiles)
+	s.route(mux, "GET /healthz", noToken, noQuery(s.healthz))
+	s.route(mux, "GET /readyz", noToken, noQuery(s.readyz))
+	s.route(mux, "GET /metrics", adminToken, noQuery(s.metrics))
+	s.route(mux, "GET /debug/pprof/{$}", adminToken, noQuery(s.listProfiles))
 	s.route(mux, "GET /debug/pprof/{profile}", adminToken, s.profile)
+}
+
+// noQuery refuses every query parameter. What answers a query reads it with
+// readQuery; files alone take no notice of theirs.
+func noQuery(h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if r.URL.RawQuery != "" {
+			if _, err := readQuery(r.URL.RawQuery); err != nil {
+				return err
+			}
+		}
+		return h(w, r)
+	}
 }
 
 // createProduct answers as soon as the product and its queued images are

@@ -17,9 +17,6 @@ func (s *server) reprocessImages(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if _, err := readQuery(r.URL.RawQuery); err != nil {
-		return err
-	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
 	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(w), allow(w, r))
