@@ -19,12 +19,13 @@ const (
 // and when Flush is called at the end.
 type logBuffer struct {
 	mu        sync.Mutex
+	to        io.Writer
 	out       *bufio.Writer
 	scheduled bool // a flush will come
 }
 
 func newLogBuffer(w io.Writer) *logBuffer {
-	return &logBuffer{out: bufio.NewWriterSize(w, logBufferSize)}
+	return &logBuffer{to: w, out: bufio.NewWriterSize(w, logBufferSize)}
 }
 
 // Write takes one or more whole lines.
@@ -32,13 +33,17 @@ func (b *logBuffer) Write(lines []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if len(lines) > b.out.Available() {
-		b.out.Flush() // so that no line is written in two parts
+		b.flush() // so that no line is written in two parts
 	}
 	if !b.scheduled {
 		b.scheduled = true
 		time.AfterFunc(logDelay, b.Flush)
 	}
-	return b.out.Write(lines)
+	n, err := b.out.Write(lines)
+	if err != nil {
+		b.out.Reset(b.to)
+	}
+	return n, err
 }
 
 // Flush writes what has gathered. Where it cannot be written there is nobody to
@@ -47,5 +52,13 @@ func (b *logBuffer) Flush() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.scheduled = false
-	b.out.Flush()
+	b.flush()
+}
+
+// flush drops what cannot be written, a full disk's lines, say: a bufio.Writer
+// that has failed once takes nothing any more.
+func (b *logBuffer) flush() {
+	if b.out.Flush() != nil {
+		b.out.Reset(b.to)
+	}
 }

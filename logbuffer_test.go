@@ -2,6 +2,7 @@ package main
 
 import (
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -38,9 +39,32 @@ func TestLogLinesStayWhole(t *testing.T) {
 	}
 }
 
-type recordedWrites struct{ each []string }
+// A log that could not be written goes on when it can be again.
+func TestLogGoesOnAfterAFailure(t *testing.T) {
+	t.Parallel()
+	writes := &recordedWrites{full: true}
+	b := newLogBuffer(writes)
+	for _, lines := range []string{"lost\n", strings.Repeat("x", 2*logBufferSize) + "\n"} {
+		b.Write([]byte(lines))
+		b.Flush()
+	}
+	writes.full = false
+	b.Write([]byte("kept\n"))
+	b.Flush()
+	if got := strings.Join(writes.each, ""); got != "kept\n" {
+		t.Errorf("written: %.100q", got)
+	}
+}
+
+type recordedWrites struct {
+	each []string
+	full bool
+}
 
 func (r *recordedWrites) Write(data []byte) (int, error) {
+	if r.full {
+		return 0, syscall.ENOSPC
+	}
 	r.each = append(r.each, string(data))
 	return len(data), nil
 }
