@@ -18,7 +18,7 @@ func TestEveryOperationRefusesAsDocumented(t *testing.T) {
 	t.Parallel()
 	refusals := map[int]func(*testing.T, *documentedOperation) answer{
 		400: malformed, 401: withoutToken, 403: asStranger, 404: ofNothing, 412: ofAnotherVersion, 413: tooLarge,
-		415: ofAnotherType, 422: withWrongValue, 429: tooOften, 500: withoutTokenTable, 503: withoutDatabase,
+		415: ofAnotherType, 422: withWrongValue, 429: tooOften, 500: withBrokenTokens, 503: withoutDatabase,
 	}
 	for pattern, op := range described(t).operations {
 		for status, refused := range refusals {
@@ -203,10 +203,10 @@ func tooOften(t *testing.T, op *documentedOperation) (got answer) {
 	return got
 }
 
-// withoutTokenTable makes the look at the caller's token fail as nobody foresaw.
-func withoutTokenTable(t *testing.T, op *documentedOperation) answer {
+// withBrokenTokens makes the look at the caller's token fail as nobody foresaw.
+func withBrokenTokens(t *testing.T, op *documentedOperation) answer {
 	a := newTokenAPI(t)
-	if _, err := a.store.Exec(t.Context(), `ALTER TABLE tokens RENAME TO others`); err != nil {
+	if _, err := a.store.Exec(t.Context(), `ALTER TABLE tokens RENAME COLUMN user_id TO other`); err != nil {
 		t.Fatal(err)
 	}
 	a.server.tokens.known.Clear()

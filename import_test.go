@@ -340,7 +340,7 @@ func TestImportThatIsBrokenOffGoesOnLater(t *testing.T) {
 				rename(t, a, "users", "others")
 				live.send(t, rowOfUser(1, "c"))
 			},
-			func(t *testing.T, a *api) { rename(t, a, "others", "users") }, 500,
+			func(t *testing.T, a *api) { rename(t, a, "others", "users") }, 503,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
