@@ -27,7 +27,7 @@ compile:
 
 unit:
 	@$(call phase,go test -race)
-	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 8 -timeout 14m ./...
+	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 6 -timeout 14m ./...
 
 ## servers: PostgreSQL, Redis, RabbitMQ and a browser, from the distribution's packages
 servers:
@@ -104,11 +104,11 @@ slow-clients: servers tools
 compare-images:
 	@scripts/compare-images.sh
 
-## chaos: everything is killed, frozen and cut off while products come in, and an audit of what became of them; 10 minutes
+## chaos: everything is killed, frozen and cut off while products come in, and the program at every step; an audit of what became of it all; 10 minutes
 # CHAOS_IMAGES, CHAOS_FAULTS and CHAOS_DURATION make it longer or shorter, CHAOS_SEED repeats a choice of faults.
 chaos: servers tools
 	@REQUIRE_SERVERS=1 CHAOS_IMAGES=$${CHAOS_IMAGES:-5000} CHAOS_FAULTS=$${CHAOS_FAULTS:-100} \
-		go test -count=1 -run '^TestChaos$$' -v -timeout 25h .
+		CRASH_POINTS=all go test -count=1 -run '^(TestChaos|TestCrashPoints)$$' -v -timeout 25h .
 
 ## consistency: a million reads while Redis is hurt, checked against what clients may see; some minutes
 consistency: servers tools

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"regexp"
 	"slices"
@@ -178,10 +179,18 @@ func (d *documentedAPI) compile(schema *openapi3.Schema) (*jsonschema.Schema, er
 	}
 	compiler := jsonschema.NewCompiler()
 	compiler.AssertFormat()
+	compiler.RegisterFormat(&jsonschema.Format{Name: "uri", Validate: validURL})
 	if err := compiler.AddResource(name, resource); err != nil {
 		return nil, err
 	}
 	return compiler.Compile(name)
+}
+
+// validURL takes what net/url takes: zones of IPv6 addresses too (RFC 6874).
+func validURL(value any) error {
+	text, _ := value.(string)
+	_, err := url.Parse(text)
+	return err
 }
 
 func (d *documentedAPI) checkAnswer(op *documentedOperation, x httpExchange) error {

@@ -27,11 +27,7 @@ type api struct {
 
 func newAPI(t *testing.T) *api {
 	t.Helper()
-	db, err := openSQLite(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return newAPIOn(t, migratedStore(t, db))
+	return newAPIOn(t, sqliteStore(t))
 }
 
 // newAPIOn is one of several on the same database.

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -26,13 +28,46 @@ func eachStore(t *testing.T, test func(t *testing.T, s *store)) {
 	})
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
-		db, err := openSQLite(t.TempDir())
-		if err != nil {
-			t.Fatal(err)
-		}
-		test(t, migratedStore(t, db))
+		test(t, sqliteStore(t))
 	})
 }
+
+// sqliteStore is a store on a database of its own: a copy of one that was
+// migrated, which takes longer.
+func sqliteStore(t testing.TB) *store {
+	t.Helper()
+	migrated, err := migratedFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "pms.db"), migrated, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	db, err := openSQLite(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return migratedStore(t, db)
+}
+
+var migratedFile = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "migrated")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	db, err := openSQLite(dir)
+	if err != nil {
+		return nil, err
+	}
+	err = db.Migrate(context.Background())
+	db.Close()
+	if err != nil {
+		return nil, err
+	}
+	return os.ReadFile(filepath.Join(dir, "pms.db"))
+})
 
 // migratedStore is a store whose database has the schema and user 1.
 func migratedStore(t testing.TB, db database) *store {
