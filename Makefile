@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency lists slow-clients fuzz compare-images api-check deploy-check docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency console lists slow-clients fuzz compare-images api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -113,6 +113,10 @@ chaos: servers tools
 ## consistency: a million reads while Redis is hurt, checked against what clients may see; some minutes
 consistency: servers tools
 	@REQUIRE_SERVERS=1 CONSISTENCY_READS=1000000 go test -count=1 -run '^TestReadsAreConsistent$$' -v -timeout 60m .
+
+## console: the walk through the console in every look; its pictures are in .cache/screenshots
+console: servers tools
+	@REQUIRE_SERVERS=1 CONSOLE_LOOKS=all go test -count=1 -run '^TestConsoleInABrowser$$' -v .
 
 ## lists: the plans of every list of a million products, read with EXPLAIN ANALYZE; a minute
 lists: servers tools

@@ -102,7 +102,7 @@ CREATE FUNCTION audit_step() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
 	INSERT INTO audit_steps (image_id, step) VALUES (NEW.id, CASE
 		WHEN NEW.status <> 'pending' THEN 'ended'
-		WHEN NEW.claim <> OLD.claim THEN 'claimed'
+		WHEN NEW.claim <> OLD.claim AND NEW.claim <> 0 THEN 'claimed'
 		WHEN OLD.status <> 'pending' OR (NEW.attempts, NEW.put_off) <> (OLD.attempts, OLD.put_off) THEN 'retried'
 		WHEN OLD.run_at IS NOT NULL AND NEW.run_at IS NOT NULL THEN 'given back'
 		ELSE 'other' END);

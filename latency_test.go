@@ -112,7 +112,7 @@ func medianPickup(t *testing.T, api, worker *instance) time.Duration {
 	t.Helper()
 	photos := newPhotoServer(t)
 	source := photos.serve("/photo", jpegPhoto(t, 20, 20))
-	const posts = 30
+	const posts = 15
 	times := make([]time.Duration, posts)
 	for n := range times {
 		p := api.post(t, source)
