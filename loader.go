@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"sync"
-	"time"
 )
 
 const (
@@ -39,20 +37,16 @@ func newProductLoader(db *store, enc encoder) *productLoader {
 	return &productLoader{store: db, encoder: enc, waiting: make(map[int64]*productLoad)}
 }
 
-// Product reads a product. It gives up when ctx ends, and after loadTimeout, since
-// it may have to wait for several queries; they go on for those who wait for the
-// same. A timer costs a reader less than a context of its own.
+// Product reads a product. It gives up when ctx ends; the query goes on for those
+// who wait for the same. No reader has a timer of its own, which would cost more
+// than its part of the query: see read.
 func (l *productLoader) Product(ctx context.Context, id int64) (document, error) {
 	load := l.join(id)
-	late := time.NewTimer(loadTimeout)
-	defer late.Stop()
 	select {
 	case <-load.done:
 		return load.doc, load.err
 	case <-ctx.Done():
 		return document{}, ctx.Err()
-	case <-late.C:
-		return document{}, fmt.Errorf("read product %d: %w", id, errUnavailable)
 	}
 }
 
@@ -108,11 +102,16 @@ func (l *productLoader) take() (batch map[int64]*productLoad, ids []int64) {
 	return batch, ids
 }
 
-// read answers every load of a batch.
+// read answers every load of a batch. While the database hangs it answers those
+// too that wait for the next query, which would wait as long for nothing: so each
+// reader has its answer within loadTimeout of the query that it waits for.
 func (l *productLoader) read(batch map[int64]*productLoad, ids []int64) {
 	ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
 	defer cancel()
 	products, err := l.store.ProductsByID(ctx, ids)
+	if ctx.Err() != nil {
+		fail(l.takeAll(), err)
+	}
 	if err == nil {
 		err = errNotFound // those that the query has not found
 	}
@@ -122,8 +121,20 @@ func (l *productLoader) read(batch map[int64]*productLoad, ids []int64) {
 		close(load.done)
 		delete(batch, p.ID)
 	}
-	for _, load := range batch {
+	fail(batch, err)
+}
+
+func fail(loads map[int64]*productLoad, err error) {
+	for _, load := range loads {
 		load.err = err
 		close(load.done)
 	}
+}
+
+// takeAll takes all that waits.
+func (l *productLoader) takeAll() (waiting map[int64]*productLoad) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	waiting, l.waiting = l.waiting, make(map[int64]*productLoad)
+	return waiting
 }
