@@ -375,3 +375,61 @@ func TestStartSaysThatAuthenticationIsOff(t *testing.T) {
 	api := start(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
 	api.log.await(t, `"level":"WARN"`, "AUTHENTICATION IS OFF")
 }
+
+// Where authentication is off only since nobody else can connect, the pages that
+// a browser of this machine shows cannot either.
+func TestWithoutAuthenticationPagesAreKeptOut(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	ask := func(method, host string, headers ...string) int {
+		r := httptest.NewRequest(method, "/dead-letters/replay", nil)
+		if r.Host = host; method == http.MethodGet {
+			r.URL.Path = "/products"
+		}
+		for n := 0; n < len(headers); n += 2 {
+			r.Header.Set(headers[n], headers[n+1])
+		}
+		w := httptest.NewRecorder()
+		a.handler.ServeHTTP(w, r)
+		return w.Code
+	}
+	rebound := func() int { return ask("GET", "evil.example:8080") }
+	crossSite := func() int { return ask("POST", "127.0.0.1:8080", "Sec-Fetch-Site", "cross-site") }
+	if rebound() != 200 || crossSite() != 202 {
+		t.Error("AUTH=off, said by a person, does not allow any host and page")
+	}
+	a.localOnly = true
+	if status := rebound(); status != http.StatusMisdirectedRequest {
+		t.Errorf("a page whose name leads here is answered with %d", status)
+	}
+	for _, status := range []int{crossSite(), ask("POST", "localhost:8080", "Origin", "http://evil.example")} {
+		if status != http.StatusForbidden {
+			t.Errorf("a request of another site's page is answered with %d", status)
+		}
+	}
+	for _, host := range []string{"127.0.0.1:8080", "127.0.0.1", "localhost:8080", "[::1]:8080", "[::1]", ""} {
+		if read, replayed := ask("GET", host), ask("POST", host, "Sec-Fetch-Site", "same-origin"); read != 200 || replayed != 202 {
+			t.Errorf("host %q is answered with %d, %d", host, read, replayed)
+		}
+	}
+	if status := ask("GET", "127.0.0.1", "Sec-Fetch-Site", "cross-site"); status != 200 {
+		t.Errorf("a link from another page leads to %d", status)
+	}
+}
+
+func TestAuthenticationIsOffByItselfOnLoopbackAlone(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		listen, auth string
+		on, local    bool
+	}{
+		{"127.0.0.1:0", "", false, true}, {"127.0.0.1:0", "off", false, false}, {"127.0.0.1:0", "on", true, false},
+		{":0", "", true, false}, {":0", "off", false, false},
+	} {
+		env := map[string]string{"LISTEN_ADDR": c.listen, "AUTH": c.auth}
+		got, err := loadConfig(func(name string) string { return env[name] }, false)
+		if err != nil || got.Auth != c.on || got.LocalOnly != c.local {
+			t.Errorf("LISTEN_ADDR=%s AUTH=%s: on %t, local only %t, %v", c.listen, c.auth, got.Auth, got.LocalOnly, err)
+		}
+	}
+}

@@ -400,6 +400,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		monitor:    a.monitor,
 		feed:       a.feed,
 		authOn:     a.Auth,
+		localOnly:  a.LocalOnly,
 		patience:   bulkPatience,
 		log:        a.log,
 		stopping:   make(chan struct{}),
