@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -52,31 +51,6 @@ func (s *server) authenticate(rec *recorder, r *http.Request, access access) err
 		return errForbidden
 	}
 	rec.caller = &known
-	return nil
-}
-
-// crossOrigin knows the requests that a browser sends for another site's page.
-var crossOrigin = http.NewCrossOriginProtection()
-
-// checkLocal keeps web pages out while authentication is off because only this
-// machine can connect: its browsers can too, for whatever page they show. A page
-// may send a request here, or have its own name lead here (DNS rebinding), and
-// then read the answer. AUTH=off, said by a person, is for those behind a proxy
-// with a name of its own.
-func (s *server) checkLocal(r *http.Request) error {
-	if !s.localOnly {
-		return nil
-	}
-	host, _, err := net.SplitHostPort(r.Host)
-	if err != nil {
-		host = strings.Trim(r.Host, "[]")
-	}
-	if ip := net.ParseIP(host); host != "" && host != "localhost" && !ip.IsLoopback() { // RFC 9110, section 15.5.20
-		return &httpError{http.StatusMisdirectedRequest, "without authentication the host must be localhost or a loopback address; AUTH=off allows any"}
-	}
-	if crossOrigin.Check(r) != nil {
-		return &httpError{http.StatusForbidden, "without authentication other sites' pages may change nothing here; AUTH=off allows it"}
-	}
 	return nil
 }
 

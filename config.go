@@ -31,7 +31,6 @@ type config struct {
 	PublicURL     string
 	DataDir       string
 	Auth          bool
-	LocalOnly     bool // nobody said that authentication is to be off: it is, since only this machine can connect
 	Limits        limitSettings
 	CacheTTL      time.Duration
 	CacheSize     int64 // bytes
@@ -111,7 +110,6 @@ func loadConfig(getenv func(string) string, terminal bool) (config, error) {
 	}
 	if !given["AUTH"] {
 		c.Auth = !isLoopback(c.ListenAddr) || c.WorkerAddr != "" && !isLoopback(c.WorkerAddr)
-		c.LocalOnly = !c.Auth
 	}
 	if given["S3_PUBLIC_URL"] && c.S3Bucket == "" {
 		errs = append(errs, errors.New("S3_PUBLIC_URL is set, but S3_BUCKET is not"))

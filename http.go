@@ -44,7 +44,6 @@ type server struct {
 	monitor    *monitor
 	feed       *eventFeed
 	authOn     bool
-	localOnly  bool // see checkLocal
 	tokens     tokenCache
 	limits     requestLimits
 	patience   time.Duration // with the clients of imports and exports

@@ -24,11 +24,6 @@ func (s *server) observe(mux http.Handler) http.Handler {
 		rec := &recorder{ResponseWriter: w, origin: readOrigin(r), limits: &s.limits}
 		rec.setHeader(w.Header())
 		defer s.finish(rec, r, start)
-		if err := s.checkLocal(r); err != nil {
-			rec.route = unrouted
-			s.renderError(rec, r, err)
-			return
-		}
 		mux.ServeHTTP(rec, r)
 		if rec.unrouted != 0 {
 			s.renderError(rec, r, &httpError{rec.unrouted, unroutedDetail(rec.unrouted, r)})

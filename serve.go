@@ -400,7 +400,6 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		monitor:    a.monitor,
 		feed:       a.feed,
 		authOn:     a.Auth,
-		localOnly:  a.LocalOnly,
 		patience:   bulkPatience,
 		log:        a.log,
 		stopping:   make(chan struct{}),
