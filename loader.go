@@ -109,7 +109,7 @@ func (l *productLoader) read(batch map[int64]*productLoad, ids []int64) {
 	ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
 	defer cancel()
 	products, err := l.store.ProductsByID(ctx, ids)
-	if ctx.Err() != nil {
+	if err != nil && ctx.Err() != nil {
 		fail(l.takeAll(), err)
 	}
 	if err == nil {
