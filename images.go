@@ -258,6 +258,14 @@ type failure struct {
 	RetryAt  time.Time     // zero: the image is dead
 }
 
+// times are when it is due again and when it failed for good, one of them null.
+func (f failure) times(now time.Time) (retryAt, failedAt any) {
+	if f.RetryAt.IsZero() {
+		return nil, now
+	}
+	return f.RetryAt.UTC().Truncate(time.Millisecond), nil
+}
+
 const settleFailed = `
 UPDATE images SET attempts = $3, error_code = $4, error_detail = $5,
 	status = $6, run_at = $7, claim = 0, failed_at = $8, lone_starts = 0
@@ -268,10 +276,11 @@ WHERE id = $1 AND product_id = $2 AND status = 'pending' AND attempts = $3 - 1`
 // a worker with a second copy of the message, changes nothing.
 func (s *store) SettleFailed(ctx context.Context, job Job, f failure) (version int64, err error) {
 	now := s.now()
-	status, retryAt, failedAt := imagePending, any(f.RetryAt.UTC().Truncate(time.Millisecond)), any(nil)
+	status := imagePending
 	if f.RetryAt.IsZero() {
-		status, retryAt, failedAt = imageFailed, nil, now
+		status = imageFailed
 	}
+	retryAt, failedAt := f.times(now)
 	version, err = s.settle(ctx, job.ProductID, func(tx querier) (int64, error) {
 		n, err := tx.Exec(ctx, settleFailed, job.ID, job.ProductID, f.Attempt, f.Code, f.Detail, status, retryAt, failedAt)
 		if err != nil || n == 0 {

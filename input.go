@@ -211,6 +211,9 @@ func readProductInput(body []byte, fields ...string) (*productInput, error) {
 // which an export has them.
 var newProductFields = []string{"user_id", "product_name", "product_description", "product_price", "product_images"}
 
+// neededProductFields are those of them that have no default.
+var neededProductFields = []string{"user_id", "product_name", "product_price"}
+
 // readNewProduct reads a product that is to be created.
 func readNewProduct(body []byte) (Product, error) {
 	in, err := readProductInput(body, newProductFields...)
@@ -221,7 +224,7 @@ func readNewProduct(body []byte) (Product, error) {
 }
 
 func (in *productInput) newProduct() (Product, error) {
-	in.require("user_id", "product_name", "product_price")
+	in.require(neededProductFields...)
 	p := Product{UserID: in.userID()}
 	in.apply(&p)
 	return p, in.err()

@@ -421,10 +421,8 @@ func (p *pipeline) settleReady(ctx context.Context, w *work) error {
 // settleFailed answers the failure if the image is dead now, nil if it will be
 // tried again.
 func (p *pipeline) settleFailed(ctx context.Context, w *work, why *imageError) error {
-	f := failure{imageError: why, Attempt: w.image.Attempts + 1, Duration: time.Since(w.started)}
-	if !why.Permanent && f.Attempt < p.RetryAttempts {
-		f.RetryAt = p.store.now().Add(max(backoff(p.RetryBase, f.Attempt), why.RetryAfter))
-	}
+	f := p.failed(why, w.image.Attempts+1, p.store.now())
+	f.Duration = time.Since(w.started)
 	var version int64
 	err := p.persist(ctx, w, func() (err error) {
 		version, err = p.store.SettleFailed(ctx, w.delivery.Job, f)
@@ -453,6 +451,16 @@ var (
 	imagesDead    = metrics.NewCounter(`pms_images_total{result="dead"}`)
 	imagesPutOff  = metrics.NewCounter(`pms_images_total{result="put_off"}`)
 )
+
+// failed is a try that failed now. It is the last if why is permanent, or there
+// are to be no more.
+func (s imageSettings) failed(why *imageError, attempt int, now time.Time) failure {
+	f := failure{imageError: why, Attempt: attempt}
+	if !why.Permanent && attempt < s.RetryAttempts {
+		f.RetryAt = now.Add(max(backoff(s.RetryBase, attempt), why.RetryAfter))
+	}
+	return f
+}
 
 // backoff is how long to wait after the given number of failed tries: a random
 // time up to base doubled with each ("full jitter", AWS Architecture Blog,

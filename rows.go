@@ -78,7 +78,7 @@ func checkColumns(header []string) error {
 			wrong = append(wrong, fieldError{name, "stands twice"})
 		}
 	}
-	for _, name := range []string{"user_id", "product_name", "product_price"} {
+	for _, name := range neededProductFields {
 		if !slices.Contains(header, name) {
 			wrong = append(wrong, fieldError{name, "is required"})
 		}

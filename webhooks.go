@@ -357,10 +357,7 @@ WHERE webhook_id = $1 AND run_at IS NOT NULL`
 // or given up. With gone so are all of the webhook, which gets nothing more.
 func (s *store) SettleUndelivered(ctx context.Context, webhookID int64, d delivery, f failure, gone bool) error {
 	now := s.now()
-	retryAt, failedAt := any(f.RetryAt.UTC().Truncate(time.Millisecond)), any(nil)
-	if f.RetryAt.IsZero() {
-		retryAt, failedAt = nil, now
-	}
+	retryAt, failedAt := f.times(now)
 	err := s.InTx(ctx, func(tx querier) error {
 		if _, err := tx.Exec(ctx, noteLastTry, webhookID, now, f.Code, f.Detail); err != nil {
 			return err

@@ -39,12 +39,11 @@ const (
 // deliverer makes deliveries of the events, and sends them. Each webhook has a
 // lane of its own, so that a slow receiver holds up none but itself.
 type deliverer struct {
-	store         *store
-	encoder       encoder
-	post          func(ctx context.Context, url string, header http.Header, body []byte) error
-	retryAttempts int
-	retryBase     time.Duration
-	log           *slog.Logger
+	store    *store
+	encoder  encoder
+	post     func(ctx context.Context, url string, header http.Header, body []byte) error
+	settings imageSettings // of its retries, which are as those of images
+	log      *slog.Logger
 
 	mu    sync.Mutex
 	lanes map[int64]bool // webhooks that are being sent to
@@ -54,8 +53,7 @@ func newDeliverer(db *store, enc encoder, limits fetchLimits, settings imageSett
 	limits.Timeout = webhookTimeout
 	return &deliverer{
 		store: db, encoder: enc, post: newFetcher(limits).Post,
-		retryAttempts: settings.RetryAttempts, retryBase: settings.RetryBase,
-		log: log.With("stage", "webhooks"), lanes: make(map[int64]bool),
+		settings: settings, log: log.With("stage", "webhooks"), lanes: make(map[int64]bool),
 	}
 }
 
@@ -180,10 +178,7 @@ func (d *deliverer) deliver(ctx context.Context, to webhook, one delivery) {
 
 // fail writes a failed try down. A receiver that says 410 Gone wants no more.
 func (d *deliverer) fail(log *slog.Logger, to webhook, one delivery, why *imageError) {
-	f := failure{imageError: why, Attempt: one.Attempts + 1}
-	if !why.Permanent && f.Attempt < d.retryAttempts {
-		f.RetryAt = d.store.now().Add(max(backoff(d.retryBase, f.Attempt), why.RetryAfter))
-	}
+	f := d.settings.failed(why, one.Attempts+1, d.store.now())
 	gone := why.Code == "http_410"
 	d.settle(log, func(ctx context.Context) error { return d.store.SettleUndelivered(ctx, to.ID, one, f, gone) })
 	switch {
