@@ -14,12 +14,11 @@ func compressPooled(data []byte, b *buffers) ([]compressedImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := decodeImage(data, h)
+	d, err := decodeImage(data, h, 2048, imageTools{buffers: b})
 	if err != nil {
 		return nil, err
 	}
-	d.buffers = b
-	return compressImage(d, data, 2048, []int{70, 40}, testQuality)
+	return compressImage(d, data, []int{70, 40}, testQuality)
 }
 
 // Images that share buffers come out as each does alone: no one writes into a
@@ -76,16 +75,15 @@ func BenchmarkCompress(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		d, err := decodeImage(data, h)
-		if err != nil {
-			b.Fatal(err)
-		}
 		for kind, pool := range map[string]*buffers{"anew": nil, "pooled": new(buffers)} {
 			b.Run(name+"/"+kind, func(b *testing.B) {
-				d.buffers = pool
 				b.ReportAllocs()
 				for b.Loop() {
-					if _, err := compressImage(d, data, 2048, []int{800, 320}, testQuality); err != nil {
+					d, err := decodeImage(data, h, 2048, imageTools{buffers: pool})
+					if err != nil {
+						b.Fatal(err)
+					}
+					if _, err := compressImage(d, data, []int{800, 320}, testQuality); err != nil {
 						b.Fatal(err)
 					}
 				}

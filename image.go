@@ -39,16 +39,36 @@ type imageHeader struct {
 	cmyk        bool    // JPEG of four components, which few browsers get right
 }
 
-// decodedImage is an image's pixels as its decoder made them, at full size
-// and not yet turned.
-type decodedImage struct {
+// storedImage is an image's pixels as its decoder made them, at full size and
+// not yet turned.
+type storedImage struct {
+	imageTools
 	header imageHeader
 	pixels image.Image
 	frame  image.Rectangle // where pixels lie in the image; the rest is transparent
+}
 
-	// spread runs parts of the work, at once if it can. Nil: one after the other.
-	spread  func(parts []func())
-	buffers *buffers // for what compressing needs; may be nil
+// decodedImage is an image at the size of its output, and upright.
+type decodedImage struct {
+	imageTools
+	header imageHeader
+	img    image.Image // *image.Gray, *image.YCbCr (4:2:0) or *image.NRGBA
+}
+
+// imageTools are what images share. The zero value is ready.
+type imageTools struct {
+	spread  func(parts []func()) // runs parts of the work, at once if it can; nil: one after the other
+	buffers *buffers
+}
+
+func (t imageTools) run(parts []func()) {
+	if t.spread != nil {
+		t.spread(parts)
+		return
+	}
+	for _, part := range parts {
+		part()
+	}
 }
 
 // compressedImage is what gets stored.
@@ -147,14 +167,19 @@ func (h imageHeader) costAt(maxSide int, widths []int) int64 {
 }
 
 // outputSizes are those of the image that fits in maxSide × maxSide and of its
-// variants, upright: of the widths, which go from the widest down, those that
-// are narrower than the image.
+// variants, upright.
 func (h imageHeader) outputSizes(maxSide int, widths []int) []image.Point {
 	w, ht := h.Orientation.size(h.Width, h.Height)
 	fitW, fitH := fitInto(w, ht, maxSide)
-	sizes := []image.Point{{fitW, fitH}}
+	return append([]image.Point{{fitW, fitH}}, h.variantSizes(fitW, widths)...)
+}
+
+// variantSizes are those of the widths, which go from the widest down, that are
+// narrower than the image, whose own width is fit.
+func (h imageHeader) variantSizes(fit int, widths []int) (sizes []image.Point) {
+	w, ht := h.Orientation.size(h.Width, h.Height)
 	for _, width := range widths {
-		if width < fitW {
+		if width < fit {
 			height := math.Round(float64(ht) * float64(width) / float64(w))
 			sizes = append(sizes, image.Pt(width, max(1, int(height))))
 		}
@@ -177,19 +202,31 @@ const (
 	outputRGBA  = 4*planeSlack + 1 + 3*4.1
 )
 
-// decodeImage decodes data, whose header is h. Nothing is resized or turned
-// yet. A decoder that panics is this image's failure: decoder_panic.
-func decodeImage(data []byte, h imageHeader) (d *decodedImage, err error) {
+// decodeImage decodes data, whose header is h, fits it into maxSide × maxSide,
+// never enlarging, and turns it upright. A decoder that panics is this image's
+// failure: decoder_panic.
+func decodeImage(data []byte, h imageHeader, maxSide int, tools imageTools) (d *decodedImage, err error) {
 	defer recoverCodec("decode "+h.Format, &err)
-	pixels, frame, err := decodePixels(data, h)
+	stored, err := decodeStored(data, h)
 	if err != nil {
 		return nil, permanent("corrupt_image", "decode %s: %v", h.Format, err)
 	}
+	stored.imageTools = tools
+	fit := h.outputSizes(maxSide, nil)[0]
+	return &decodedImage{tools, h, stored.render(h.Orientation.size(fit.X, fit.Y))}, nil
+}
+
+// decodeStored decodes the whole image.
+func decodeStored(data []byte, h imageHeader) (*storedImage, error) {
+	pixels, frame, err := decodePixels(data, h)
+	if err != nil {
+		return nil, err
+	}
 	canvas := image.Rect(0, 0, h.Width, h.Height)
 	if frame.Empty() || !frame.In(canvas) || (frame != canvas && h.Format != formatGIF && !h.Animated) {
-		return nil, permanent("corrupt_image", "decode %s: pixels cover %v of %v", h.Format, frame, canvas)
+		return nil, fmt.Errorf("pixels cover %v of %v", frame, canvas)
 	}
-	return &decodedImage{header: h, pixels: pixels, frame: frame}, nil
+	return &storedImage{header: h, pixels: pixels, frame: frame}, nil
 }
 
 // decodePixels runs the decoder of h's format, and says where in the image its
@@ -231,48 +268,48 @@ func recoverCodec(doing string, err *error) {
 	}
 }
 
-// compressImage fits d into maxSide × maxSide, never enlarging, turns it
-// upright and encodes it: as JPEG at quality if it is opaque, else as PNG.
+// compressImage encodes d: as JPEG at quality if it is opaque, else as PNG.
 // source is what d was decoded from; without its metadata it is the result
 // where it would do as it is and the encoded form is not smaller.
 //
 // The results after the first are the image's variants, each resized from the
 // pixels of the one before it. widths go from the widest down; those that are
-// no narrower than the image are left out.
-func compressImage(d *decodedImage, source []byte, maxSide int, widths []int, quality int) (all []compressedImage, err error) {
+// no narrower than the image are left out. Of d, nothing is left.
+func compressImage(d *decodedImage, source []byte, widths []int, quality int) (all []compressedImage, err error) {
 	defer recoverCodec("compress "+d.header.Format, &err)
-	h := d.header
-	var img image.Image
-	defer func() { d.buffers.giveBack(img) }()
-	for n, size := range h.outputSizes(maxSide, widths) {
-		larger := img
-		if n == 0 {
-			img = d.render(h.Orientation.size(size.X, size.Y))
-		} else {
-			img = d.shrink(larger, size)
-			d.buffers.giveBack(larger)
+	defer func() { d.buffers.giveBack(d.img) }()
+	fit := d.img.Bounds().Size()
+	for n, size := range append([]image.Point{fit}, d.header.variantSizes(fit.X, widths)...) {
+		if n > 0 {
+			d.shrink(size)
 		}
-		img = d.planesToEncode(img)
-		c, err := d.encodeImage(img, quality)
+		d.makePlanes()
+		c, err := d.encode(quality)
 		if err != nil {
-			return nil, permanent("corrupt_image", "compress %s: %v", h.Format, err)
+			return nil, permanent("corrupt_image", "compress %s: %v", d.header.Format, err)
 		}
 		all = append(all, c)
 	}
-	if w, ht := h.Orientation.size(all[0].Width, all[0].Height); w != h.Width || ht != h.Height {
+	if w, h := d.header.Orientation.size(fit.X, fit.Y); w != d.header.Width || h != d.header.Height {
 		return all, nil
 	}
-	if kept, ok := keepSource(h, source); ok && len(kept.Data) <= len(all[0].Data) {
+	if kept, ok := keepSource(d.header, source); ok && len(kept.Data) <= len(all[0].Data) {
 		all[0] = kept
 	}
 	return all, nil
 }
 
-// shrink resizes what render made of d once more.
-func (d *decodedImage) shrink(img image.Image, size image.Point) image.Image {
-	b := img.Bounds()
-	upright := decodedImage{header: imageHeader{Width: b.Dx(), Height: b.Dy()}, pixels: img, frame: b, spread: d.spread, buffers: d.buffers}
-	return upright.render(size.X, size.Y)
+// replace puts img in the place of d.img, which it gives back.
+func (d *decodedImage) replace(img image.Image) {
+	d.buffers.giveBack(d.img)
+	d.img = img
+}
+
+// shrink resizes the image once more.
+func (d *decodedImage) shrink(size image.Point) {
+	b := d.img.Bounds()
+	larger := storedImage{imageTools: d.imageTools, header: imageHeader{Width: b.Dx(), Height: b.Dy()}, pixels: d.img, frame: b}
+	d.replace(larger.render(size.X, size.Y))
 }
 
 // fitInto scales w × h down to fit in side × side, and leaves it if it does.
@@ -305,16 +342,11 @@ func newCompressed(format string, data []byte, bounds image.Rectangle) compresse
 	return compressedImage{Data: data, Ext: ext, ContentType: "image/" + format, Width: bounds.Dx(), Height: bounds.Dy()}
 }
 
-// planesToEncode makes the planes of a JPEG of what render made, if it is opaque,
-// and gives that back then.
-func (d *decodedImage) planesToEncode(img image.Image) image.Image {
-	m, ok := img.(*image.NRGBA)
-	if !ok || !m.Opaque() {
-		return img
+// makePlanes makes a JPEG's planes of an image that is opaque.
+func (d *decodedImage) makePlanes() {
+	if m, ok := d.img.(*image.NRGBA); ok && m.Opaque() {
+		d.replace(d.opaquePlanes(m))
 	}
-	planes := d.opaquePlanes(m)
-	d.buffers.giveBack(m) // not if there was a panic: then it is still the caller's
-	return planes
 }
 
 func (d *decodedImage) opaquePlanes(m *image.NRGBA) image.Image {
@@ -327,15 +359,15 @@ func (d *decodedImage) opaquePlanes(m *image.NRGBA) image.Image {
 	return planesOf(m, d.buffers)
 }
 
-// encodeImage encodes what planesToEncode made. A profile goes along if it is for
-// the output's kind of colour: RGB for colour, GRAY for grey. Others end here: CMYK
-// is converted by the plain formula, and grey with alpha becomes RGBA, so
-// their profiles would be wrong for the result.
-func (d *decodedImage) encodeImage(img image.Image, quality int) (compressedImage, error) {
-	if m, ok := img.(*image.NRGBA); ok {
+// encode encodes the image. A profile goes along if it is for the output's kind
+// of colour: RGB for colour, GRAY for grey. Others end here: CMYK is converted by
+// the plain formula, and grey with alpha becomes RGBA, so their profiles would be
+// wrong for the result.
+func (d *decodedImage) encode(quality int) (compressedImage, error) {
+	if m, ok := d.img.(*image.NRGBA); ok {
 		return encodePNG(m, d.header.Profile, d.buffers)
 	}
-	return encodeJPEG(img, d.header.Profile, quality, d.buffers), nil
+	return encodeJPEG(d.img, d.header.Profile, quality, d.buffers), nil
 }
 
 func encodeJPEG(img image.Image, profile []byte, quality int, b *buffers) compressedImage {

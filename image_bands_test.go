@@ -81,7 +81,7 @@ func TestBandsAreOneImage(t *testing.T) {
 	t.Parallel()
 	m := photo(1500, 2*bandRows+401)
 	for _, side := range []int{2 * bandRows, bandRows + 1, 3 * bandRows} {
-		d := &decodedImage{header: imageHeader{Width: 1500, Height: m.Rect.Dy(), Orientation: 6}, pixels: m, frame: m.Rect}
+		d := &storedImage{header: imageHeader{Width: 1500, Height: m.Rect.Dy(), Orientation: 6}, pixels: m, frame: m.Rect}
 		w, h := fitInto(1500, m.Rect.Dy(), side)
 		var got, want *image.YCbCr
 		withProcessors(t, 2, func(p processors) {
@@ -96,7 +96,7 @@ func TestBandsAreOneImage(t *testing.T) {
 }
 
 // renderInOnePiece resizes each plane by itself.
-func (d *decodedImage) renderInOnePiece(w, h int) *image.YCbCr {
+func (d *storedImage) renderInOnePiece(w, h int) *image.YCbCr {
 	m, src, o := d.pixels.(*image.YCbCr), d.header, d.header.Orientation
 	out := image.NewYCbCr(uprightRect(w, h, o), image.YCbCrSubsampleRatio420)
 	one := func(dst, pix []byte, dstStride, stride int, horizontal, vertical axis) {

@@ -82,11 +82,11 @@ func compressBest(t *testing.T, source []byte, side int, widths []int) []compres
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := decodeImage(source, h)
+	d, err := decodeImage(source, h, side, imageTools{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, err := compressImage(d, source, side, widths, 95)
+	all, err := compressImage(d, source, widths, 95)
 	if err != nil {
 		t.Fatal(err)
 	}

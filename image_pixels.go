@@ -67,7 +67,7 @@ func (g grid) put(y int, row []byte) {
 
 // render resizes the image to w × h stored pixels and turns it upright. The
 // result is *image.Gray, *image.YCbCr (4:2:0) or *image.NRGBA.
-func (d *decodedImage) render(w, h int) image.Image {
+func (d *storedImage) render(w, h int) image.Image {
 	whole := d.frame == image.Rect(0, 0, d.header.Width, d.header.Height)
 	switch m := d.pixels.(type) {
 	case *image.Gray:
@@ -86,7 +86,7 @@ func (d *decodedImage) render(w, h int) image.Image {
 	return d.renderNRGBA(w, h)
 }
 
-func (d *decodedImage) renderGrey(w, h int, read func(y int) []byte) image.Image {
+func (d *storedImage) renderGrey(w, h int, read func(y int) []byte) image.Image {
 	src, o := d.header, d.header.Orientation
 	out := d.buffers.grey(uprightRect(w, h, o))
 	g := newGrid(out.Pix, out.Stride, 1, w, h, o)
@@ -100,7 +100,7 @@ func uprightRect(w, h int, o orientation) image.Rectangle {
 }
 
 // renderYCbCr resizes each plane as it is, without a detour by RGB.
-func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
+func (d *storedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	o := d.header.Orientation
 	out := d.buffers.yCbCr(uprightRect(w, h, o))
 	var parts []func()
@@ -128,16 +128,6 @@ func (d *decodedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 // bandRows is how many output rows are resized as one part of the work. A band
 // has tables of its own and reads some rows of its neighbours' again, so it is not small.
 const bandRows = 512
-
-func (d *decodedImage) run(parts []func()) {
-	if d.spread != nil {
-		d.spread(parts)
-		return
-	}
-	for _, part := range parts {
-		part()
-	}
-}
 
 // subsampling is how many pixels one chroma sample covers in each direction.
 func subsampling(r image.YCbCrSubsampleRatio) (x, y int) {
@@ -176,7 +166,7 @@ func chromaAxis(src, dst, sub int, mirrored bool) axis {
 // renderNRGBA goes by RGBA, premultiplied while it is resized, so that the
 // colour of transparent pixels does not bleed into the others. What is not
 // resized is not premultiplied either, and so stays exact.
-func (d *decodedImage) renderNRGBA(w, h int) image.Image {
+func (d *storedImage) renderNRGBA(w, h int) image.Image {
 	src, o := d.header, d.header.Orientation
 	out := d.buffers.nrgba(uprightRect(w, h, o))
 	g := newGrid(out.Pix, out.Stride, 4, w, h, o)
@@ -203,7 +193,7 @@ func (d *decodedImage) renderNRGBA(w, h int) image.Image {
 
 // rowReader returns a function that reads a row of the whole image as straight
 // 8-bit RGBA. The row is the caller's until the next one is read.
-func (d *decodedImage) rowReader() func(y int) []byte {
+func (d *storedImage) rowReader() func(y int) []byte {
 	row := make([]byte, 4*d.header.Width)
 	part := row[4*d.frame.Min.X : 4*d.frame.Max.X]
 	convert := rowConverter(d.pixels)

@@ -40,11 +40,11 @@ func compressSizes(data []byte, maxSide int, widths ...int) ([]compressedImage, 
 	if err != nil {
 		return nil, err
 	}
-	d, err := decodeImage(data, h)
+	d, err := decodeImage(data, h, maxSide, imageTools{})
 	if err != nil {
 		return nil, err
 	}
-	return compressImage(d, data, maxSide, widths, testQuality)
+	return compressImage(d, data, widths, testQuality)
 }
 
 // mustCompress also checks that the result is what it says it is.
@@ -229,7 +229,7 @@ func TestHiddenColourIsCleared(t *testing.T) {
 	t.Parallel()
 	m := image.NewNRGBA(image.Rect(0, 0, 2, 1))
 	copy(m.Pix, []byte{90, 80, 70, 0, 90, 80, 70, 1})
-	d := &decodedImage{header: imageHeader{Width: 2, Height: 1}, pixels: m, frame: m.Rect}
+	d := &storedImage{header: imageHeader{Width: 2, Height: 1}, pixels: m, frame: m.Rect}
 	if got := d.render(2, 1).(*image.NRGBA).Pix; !bytes.Equal(got, []byte{0, 0, 0, 0, 90, 80, 70, 1}) {
 		t.Errorf("pixels are %v", got)
 	}
@@ -330,7 +330,7 @@ func TestPNGSuite(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			d, err := decodeImage(data, h)
+			d, err := decodeStored(data, h)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -266,17 +266,16 @@ func (p *pipeline) admit(ctx context.Context, w *work) (err error) {
 }
 
 func (p *pipeline) decode(_ context.Context, w *work) (err error) {
-	if w.decoded, err = decodeImage(w.source, w.header); err != nil {
+	w.decoded, err = decodeImage(w.source, w.header, p.MaxSide, imageTools{p.processors.spread, &p.buffers})
+	if err != nil {
 		p.release(w)
-		return err
 	}
-	w.decoded.spread, w.decoded.buffers = p.processors.spread, &p.buffers
-	return nil
+	return err
 }
 
 func (p *pipeline) compress(_ context.Context, w *work) (err error) {
 	defer p.release(w)
-	w.outputs, err = compressImage(w.decoded, w.source, p.MaxSide, p.Variants, p.Quality)
+	w.outputs, err = compressImage(w.decoded, w.source, p.Variants, p.Quality)
 	return err
 }
 

@@ -46,7 +46,7 @@ func TestAxisOfEqualSizesIsIdentity(t *testing.T) {
 
 // resizeGrey resizes a grey image by the resampler under test.
 func resizeGrey(m *image.Gray, w, h int) *image.Gray {
-	d := &decodedImage{
+	d := &storedImage{
 		header: imageHeader{Width: m.Rect.Dx(), Height: m.Rect.Dy()},
 		pixels: m, frame: m.Rect,
 	}
@@ -111,7 +111,7 @@ func TestResampleAgreesWithReference(t *testing.T) {
 
 			wantColour := image.NewNRGBA(bounds)
 			draw.CatmullRom.Scale(wantColour, bounds, colour, colour.Rect, draw.Src, nil)
-			d := &decodedImage{header: imageHeader{Width: w, Height: h}, pixels: colour, frame: colour.Rect}
+			d := &storedImage{header: imageHeader{Width: w, Height: h}, pixels: colour, frame: colour.Rect}
 			comparePixels(t, d.render(size.X, size.Y), wantColour, 1, 3)
 		})
 	}

@@ -125,12 +125,12 @@ func TestCostCoversVariants(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			d, err := decodeImage(test.data, h)
+			d, err := decodeImage(test.data, h, 2048, imageTools{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			widths := []int{500, 400}
-			all, err := compressImage(d, test.data, 2048, widths, 100)
+			all, err := compressImage(d, test.data, widths, 100)
 			if err != nil {
 				t.Fatal(err)
 			}
