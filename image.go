@@ -33,10 +33,10 @@ type imageHeader struct {
 	Animated      bool        // has frames after the first, which are not decoded
 	Profile       []byte      // ICC profile, nil when there is none or it is sRGB
 
-	decodeBytes int64   // what the decoder allocates
-	outputBytes float64 // held for each output pixel: planes and encoded form
-	sourceBytes int     // length of the file
-	cmyk        bool    // JPEG of four components, which few browsers get right
+	decodeBytes int64      // what the decoder allocates
+	outputBytes float64    // held for each output pixel: planes and encoded form
+	sourceBytes int        // length of the file
+	jpeg        *jpegFrame // of a JPEG
 }
 
 // storedImage is an image's pixels as its decoder made them, at full size and
@@ -135,9 +135,9 @@ func parseHeader(data []byte) (imageHeader, error) {
 // are resized at once.
 const fixedCost = 2 << 20
 
-// sideCost is held for each pixel of width and height: weights of three axes,
-// one window of resized rows (8 bytes a channel), row buffers, all rounded up.
-const sideCost = 128
+// sideCost is held for each pixel of width and height: for each of three planes its
+// weights, a window of resized rows, a row of blocks and buffers of rows, all rounded up.
+const sideCost = 192
 
 // keptShare is how much of what an output holds while it is encoded stays, at
 // most, while the next smaller one is made: planes and file, but no tokens. (2.4
@@ -207,13 +207,26 @@ const (
 // failure: decoder_panic.
 func decodeImage(data []byte, h imageHeader, maxSide int, tools imageTools) (d *decodedImage, err error) {
 	defer recoverCodec("decode "+h.Format, &err)
-	stored, err := decodeStored(data, h)
+	size := h.outputSizes(maxSide, nil)[0]
+	img, err := h.decodeTo(data, size, tools)
 	if err != nil {
 		return nil, permanent("corrupt_image", "decode %s: %v", h.Format, err)
 	}
+	return &decodedImage{tools, h, img}, nil
+}
+
+// decodeTo decodes the image to a size, upright.
+func (h imageHeader) decodeTo(data []byte, size image.Point, tools imageTools) (image.Image, error) {
+	width, height := h.Orientation.size(size.X, size.Y)
+	if h.jpeg != nil && h.jpeg.streams() {
+		return decodeJPEG(data, h, width, height, tools)
+	}
+	stored, err := decodeStored(data, h)
+	if err != nil {
+		return nil, err
+	}
 	stored.imageTools = tools
-	fit := h.outputSizes(maxSide, nil)[0]
-	return &decodedImage{tools, h, stored.render(h.Orientation.size(fit.X, fit.Y))}, nil
+	return stored.render(width, height), nil
 }
 
 // decodeStored decodes the whole image.
@@ -324,7 +337,7 @@ func fitInto(w, h, side int) (int, int) {
 // keepSource returns the source without its metadata, if clients can show it
 // as it is: upright, one frame, no CMYK.
 func keepSource(h imageHeader, source []byte) (compressedImage, bool) {
-	if h.Orientation.turns() || h.Animated || h.cmyk {
+	if h.Orientation.turns() || h.Animated || h.jpeg != nil && h.jpeg.cmyk() {
 		return compressedImage{}, false
 	}
 	data, ok := stripMetadata(h.Format, source, h.Profile != nil)

@@ -76,37 +76,33 @@ func TestPanicOfAPartIsTheCallers(t *testing.T) {
 	}
 }
 
-// Bands meet without a seam: the result is the same, byte by byte, as in one piece.
+// Bands meet without a seam, whoever works on them: the result is the same, byte
+// by byte, on one processor and on several.
 func TestBandsAreOneImage(t *testing.T) {
 	t.Parallel()
-	m := photo(1500, 2*bandRows+401)
-	for _, side := range []int{2 * bandRows, bandRows + 1, 3 * bandRows} {
-		d := &storedImage{header: imageHeader{Width: 1500, Height: m.Rect.Dy(), Orientation: 6}, pixels: m, frame: m.Rect}
-		w, h := fitInto(1500, m.Rect.Dy(), side)
-		var got, want *image.YCbCr
-		withProcessors(t, 2, func(p processors) {
-			d.spread = p.spread
-			got = d.render(w, h).(*image.YCbCr)
-		})
-		want = d.renderInOnePiece(w, h)
-		if !bytes.Equal(got.Y, want.Y) || !bytes.Equal(got.Cb, want.Cb) || !bytes.Equal(got.Cr, want.Cr) {
-			t.Errorf("bands differ from one piece at %d×%d", w, h)
+	data := encodedJPEG(t, photo(700, 601), 90)
+	h, err := readImageHeader(data, testPixels)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Orientation = 6
+	for _, side := range []int{700, 333, 64, 1} {
+		alone, err := decodeImage(data, h, side, imageTools{})
+		if err != nil {
+			t.Fatal(err)
 		}
+		withProcessors(t, 3, func(p processors) {
+			for range 5 {
+				helped, err := decodeImage(data, h, side, imageTools{spread: p.spread})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				a, b := alone.img.(*image.YCbCr), helped.img.(*image.YCbCr)
+				if !bytes.Equal(a.Y, b.Y) || !bytes.Equal(a.Cb, b.Cb) || !bytes.Equal(a.Cr, b.Cr) {
+					t.Errorf("side %d: with help it is another image", side)
+				}
+			}
+		})
 	}
-}
-
-// renderInOnePiece resizes each plane by itself.
-func (d *storedImage) renderInOnePiece(w, h int) *image.YCbCr {
-	m, src, o := d.pixels.(*image.YCbCr), d.header, d.header.Orientation
-	out := image.NewYCbCr(uprightRect(w, h, o), image.YCbCrSubsampleRatio420)
-	one := func(dst, pix []byte, dstStride, stride int, horizontal, vertical axis) {
-		g := newGrid(dst, dstStride, 1, len(horizontal.taps), len(vertical.taps), o)
-		resample(func(y int) []byte { return pix[y*stride:] }, 1, horizontal, vertical, g.put)
-	}
-	one(out.Y, m.Y, out.YStride, m.YStride, lumaAxis(src.Width, w), lumaAxis(src.Height, h))
-	horizontal := chromaAxis(src.Width, w, 2, o.mirrorsX())
-	vertical := chromaAxis(src.Height, h, 2, o.mirrorsY())
-	one(out.Cb, m.Cb, out.CStride, m.CStride, horizontal, vertical)
-	one(out.Cr, m.Cr, out.CStride, m.CStride, horizontal, vertical)
-	return out
 }

@@ -18,31 +18,36 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatJPEG}
 	var frame jpegFrame
 	var profile jpegProfile
+	jfif := false
 	for s := range jpegSegments(data) {
 		switch {
 		case s.kind == jpegAPP1 && bytes.HasPrefix(s.body, []byte(exifName)):
 			h.Orientation = cmp.Or(h.Orientation, exifOrientation(s.body))
 		case s.kind == jpegAPP2:
 			profile.add(s.body)
-		case s.kind == jpegAPP14 && len(s.body) >= 12:
-			frame.rgb = s.body[11] == 0 // Adobe's transform: none
+		case s.kind == jpegAPP0 && bytes.HasPrefix(s.body, []byte("JFIF\x00")):
+			jfif = true
+		case s.kind == jpegAPP14 && len(s.body) >= 12 && bytes.HasPrefix(s.body, []byte("Adobe")):
+			frame.rgb = s.body[11] == 0 // no transform
 		case isJPEGFrame(s.kind):
 			if frame.components != nil || !frame.parse(s) {
 				return h, permanent("corrupt_image", "jpeg with a frame header that cannot be read (marker %x)", s.kind)
 			}
 		}
 		if s.kind == jpegSOS {
+			frame.whole = frame.progressive || len(s.body) > 0 && int(s.body[0]) != len(frame.components)
 			break
 		}
 	}
 	if frame.components == nil {
 		return h, permanent("corrupt_image", "jpeg without a frame header")
 	}
+	frame.rgb = !jfif && (frame.rgb || frame.named("RGB"))
 	if err := frame.checkScans(data); err != nil {
 		return h, err
 	}
 	h.Width, h.Height = frame.width, frame.height
-	h.cmyk = len(frame.components) == 4
+	h.jpeg = &frame
 	h.decodeBytes, h.outputBytes = frame.cost()
 	h.Profile = foreignProfile(profile.assemble())
 	return h, nil
@@ -57,12 +62,31 @@ func isJPEGFrame(kind string) bool {
 type jpegFrame struct {
 	width, height int
 	progressive   bool
-	rgb           bool // may be stored as RGB
-	components    []sampling
+	whole         bool // there is more than one scan
+	rgb           bool // stored as RGB
+	components    []jpegSampling
 }
 
-// sampling is a component's horizontal and vertical sampling factor.
-type sampling struct{ h, v int64 }
+// jpegSampling is what a frame says of a component: its name, its horizontal and vertical
+// sampling factor, and which quantisation table it has.
+type jpegSampling struct {
+	id    byte
+	h, v  int
+	table byte
+}
+
+// cmyk is what few browsers get right.
+func (f *jpegFrame) cmyk() bool { return len(f.components) == 4 }
+
+// named reports whether the components have these names.
+func (f *jpegFrame) named(names string) bool {
+	for i, c := range f.components {
+		if i >= len(names) || names[i] != c.id {
+			return false
+		}
+	}
+	return true
+}
 
 // parse reads a baseline, extended or progressive frame of 8-bit samples,
 // and reports false for any other.
@@ -78,43 +102,57 @@ func (f *jpegFrame) parse(s segment) bool {
 	f.width = int(binary.BigEndian.Uint16(s.body[3:]))
 	f.progressive = s.kind == jpegSOF2
 	for i := range n {
-		id, hv := s.body[6+3*i], s.body[7+3*i]
-		if hv>>4 < 1 || hv>>4 > 4 || hv&15 < 1 || hv&15 > 4 {
+		c := s.body[6+3*i:]
+		f.components = append(f.components, jpegSampling{c[0], int(c[1] >> 4), int(c[1] & 15), c[2]})
+		if h, v := c[1]>>4, c[1]&15; h < 1 || h > 4 || v < 1 || v > 4 || c[2] > 3 {
 			return false
 		}
-		f.components = append(f.components, sampling{int64(hv >> 4), int64(hv & 15)})
-		f.rgb = f.rgb || i == 0 && id == 'R'
+	}
+	if n == 1 { // never interleaved: its sampling factors do not count (T.81, A.2.2)
+		f.components[0].h, f.components[0].v = 1, 1
 	}
 	return true
 }
 
-// cost is what the decoder allocates, and what an output pixel takes. The
-// decoder holds whole MCUs of each component, a byte a sample; for a progressive
-// image 64 coefficients of four bytes a block besides; and four bytes a pixel
-// for RGB and CMYK.
+func (f *jpegFrame) mcuColumns() int { return ceilDiv(f.width, 8*f.components[0].h) }
+func (f *jpegFrame) mcuRows() int    { return ceilDiv(f.height, 8*f.components[0].v) }
+
+// bandRows is how many rows of MCUs are read before they are resized: 64 rows of
+// pixels, or 96.
+func (f *jpegFrame) bandRows() int { return min(f.mcuRows(), ceilDiv(8, f.components[0].v)) }
+
+// streams reports whether decodeJPEG decodes the image, else image/jpeg does.
+func (f *jpegFrame) streams() bool { return !f.cmyk() && !f.rgb }
+
+// cost is what the decoder holds, and what an output pixel takes. decodeJPEG holds two
+// bytes for each coefficient of two bands, or of all if there is more than one scan,
+// and one for each block. image/jpeg holds a byte for each sample of whole
+// MCUs, for a progressive image four more, and four bytes a pixel for RGB and CMYK.
 func (f *jpegFrame) cost() (decode int64, output float64) {
-	parts := f.components
+	perMCU := int64(0)
+	for _, c := range f.components {
+		perMCU += int64(64 * c.h * c.v)
+	}
+	samples := perMCU * int64(f.mcuColumns()) * int64(f.mcuRows())
 	output = outputYCbCr
-	if len(parts) == 1 { // never interleaved: its sampling factors do not count
-		parts, output = []sampling{{1, 1}}, outputGrey
+	if len(f.components) == 1 {
+		output = outputGrey
 	}
-	samplesPerMCU := int64(0)
-	for _, c := range parts {
-		samplesPerMCU += 64 * c.h * c.v
+	switch {
+	case !f.streams():
+		decode = samples + 4*int64(f.width)*int64(f.height)
+		if f.progressive {
+			decode += 4 * samples
+		}
+		return decode, outputRGB
+	case f.whole:
+		return 2*samples + samples/64, output
 	}
-	samples := samplesPerMCU * ceilDiv(int64(f.width), 8*parts[0].h) * ceilDiv(int64(f.height), 8*parts[0].v)
-	decode = samples
-	if f.progressive {
-		decode += 4 * samples
-	}
-	if len(parts) == 4 || len(parts) == 3 && f.rgb {
-		decode += 4 * int64(f.width) * int64(f.height)
-		output = outputRGB
-	}
-	return decode, output
+	inBands := perMCU * int64(f.mcuColumns()) * int64(2*f.bandRows())
+	return 2*inBands + inBands/64, output
 }
 
-func ceilDiv(a, b int64) int64 { return (a + b - 1) / b }
+func ceilDiv[N int | int64](a, b N) N { return (a + b - 1) / b }
 
 // readPNGHeader reads IHDR and, up to the end, what else matters.
 func readPNGHeader(data []byte) (imageHeader, error) {

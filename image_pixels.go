@@ -107,12 +107,7 @@ func (d *storedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	plane := func(dst, src []byte, dstStride, srcStride int, horizontal, vertical axis) {
 		g := newGrid(dst, dstStride, 1, len(horizontal.taps), len(vertical.taps), o)
 		read := func(y int) []byte { return src[y*srcStride:] }
-		for top := 0; top < len(vertical.taps); top += bandRows {
-			band := vertical.band(top, min(top+bandRows, len(vertical.taps)))
-			parts = append(parts, func() {
-				resample(read, 1, horizontal, band, func(y int, row []byte) { g.put(top+y, row) })
-			})
-		}
+		parts = append(parts, func() { resample(read, 1, horizontal, vertical, g.put) })
 	}
 	srcW, srcH := d.header.Width, d.header.Height
 	plane(out.Y, m.Y, out.YStride, m.YStride, lumaAxis(srcW, w), lumaAxis(srcH, h))
@@ -124,10 +119,6 @@ func (d *storedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	d.run(parts)
 	return out
 }
-
-// bandRows is how many output rows are resized as one part of the work. A band
-// has tables of its own and reads some rows of its neighbours' again, so it is not small.
-const bandRows = 512
 
 // subsampling is how many pixels one chroma sample covers in each direction.
 func subsampling(r image.YCbCrSubsampleRatio) (x, y int) {

@@ -55,12 +55,6 @@ func newAxis(src, dst int, scale, offset float64) axis {
 	return a
 }
 
-// band is the axis for the output samples from first up to end, counted from first.
-func (a axis) band(first, end int) axis {
-	a.taps = a.taps[first:end]
-	return a
-}
-
 // catmullRom is the cubic of Keys (1981) with a = -1/2, which is zero from 2 on.
 func catmullRom(x float64) float64 {
 	x = math.Abs(x)
@@ -102,72 +96,93 @@ func trimTaps(first int, weights []int16) taps {
 	return taps{first, weights}
 }
 
-// resample reads rows of interleaved 8-bit samples (one channel, or four), of
-// at least the source's width, and emits the rows of the resized image from the top down. A row passed to
-// emit is valid until emit returns, one returned by read until the next read.
-// Besides its tables it holds one window of horizontally resized rows and two of the source's.
+// resample reads the rows of a whole image, each once, from the top down.
 func resample(read func(y int) []byte, channels int, horizontal, vertical axis, emit func(y int, row []byte)) {
-	width := len(horizontal.taps) * channels
+	newResampler(channels, horizontal, vertical, emit).feed(read, vertical.source)
+}
+
+// resampler makes the rows of a resized image of rows of interleaved 8-bit samples
+// (one channel, or four), from the top down. A row passed to emit is valid until
+// emit returns. Besides its tables it holds one window of horizontally resized
+// rows and two of the source's.
+type resampler struct {
+	channels             int
+	horizontal, vertical axis
+	emit                 func(y int, row []byte)
+
+	ring  [][]int16 // resized rows, each at its index modulo the ring's length
+	pairs []uint64  // two rows side by side
+	sums  []int32
+	out   []byte
+	next  int // the first row of the source that was not read
+	done  int // how many rows were emitted
+}
+
+func newResampler(channels int, horizontal, vertical axis, emit func(y int, row []byte)) *resampler {
+	r := &resampler{channels: channels, horizontal: horizontal, vertical: vertical, emit: emit}
 	if horizontal.identity && vertical.identity {
-		for y, t := range vertical.taps {
-			emit(y, read(t.start)[:width])
+		return r
+	}
+	width := len(horizontal.taps) * channels
+	r.sums, r.out = make([]int32, width), make([]byte, width)
+	r.ring = make([][]int16, vertical.window)
+	for i := range r.ring {
+		r.ring[i] = make([]int16, width)
+	}
+	return r
+}
+
+// feed reads on, up to row end, and emits what can be made of that. Rows are at
+// least as long as the source is wide, and valid until the next is read.
+func (r *resampler) feed(read func(y int) []byte, end int) {
+	if r.ring == nil {
+		for ; r.next < end; r.next++ {
+			r.emit(r.next, read(r.next)[:r.horizontal.source*r.channels])
 		}
 		return
 	}
-	in := &rowResizer{read: read, channels: channels, axis: horizontal, ring: make([][]int16, vertical.window), next: vertical.taps[0].start}
-	for i := range in.ring {
-		in.ring[i] = make([]int16, width)
-	}
-	sums, out := make([]int32, width), make([]byte, width)
-	for y, t := range vertical.taps {
-		in.advance(t.start+len(t.weights), vertical.source)
-		t.combine(sums, in.ring)
-		narrow(out, sums)
-		emit(y, out)
-	}
-}
-
-// rowResizer resizes source rows into a ring, where each lies at its index
-// modulo the ring's length.
-type rowResizer struct {
-	read     func(y int) []byte
-	channels int
-	axis     axis
-	ring     [][]int16
-	next     int      // the first row that is not in the ring yet
-	pairs    []uint64 // two rows side by side
-}
-
-// advance sees to it that all rows below end are in the ring, of height in all.
-// Rows of one channel come in twos, so one more may be there: a window has room.
-func (r *rowResizer) advance(end, height int) {
-	for r.next < end {
-		row := r.ring[r.next%len(r.ring)]
-		switch {
-		case r.channels == 4:
-			r.axis.apply4(row, r.read(r.next))
-			r.next++
-		case r.next+1 == height:
-			r.axis.apply1(row, r.read(r.next))
-			r.next++
-		default:
-			r.pairUp()
-			r.axis.apply2(row, r.ring[(r.next+1)%len(r.ring)], r.pairs)
-			r.next += 2
+	for ; r.done < len(r.vertical.taps); r.done++ {
+		t := r.vertical.taps[r.done]
+		needed := t.start + len(t.weights)
+		for r.next < min(needed, end) {
+			r.take(read, end)
 		}
+		if needed > end {
+			return
+		}
+		t.combine(r.sums, r.ring)
+		narrow(r.out, r.sums)
+		r.emit(r.done, r.out)
 	}
+}
+
+// take resizes the next row into the ring; of one channel two at once, if there
+// are two before end, for which a window has room.
+func (r *resampler) take(read func(y int) []byte, end int) {
+	row := r.ring[r.next%len(r.ring)]
+	switch {
+	case r.channels == 4:
+		r.horizontal.apply4(row, read(r.next))
+	case r.next+1 == end:
+		r.horizontal.apply1(row, read(r.next))
+	default:
+		r.pairUp(read)
+		r.next++
+		r.horizontal.apply2(row, r.ring[r.next%len(r.ring)], r.pairs)
+	}
+	r.next++
 }
 
 // pairUp puts the next two rows into the halves of r.pairs.
-func (r *rowResizer) pairUp() {
+func (r *resampler) pairUp(read func(y int) []byte) {
 	if r.pairs == nil {
-		r.pairs = make([]uint64, r.axis.source)
+		r.pairs = make([]uint64, r.horizontal.source)
 	}
 	pairs := r.pairs
-	for x, v := range r.read(r.next)[:len(pairs)] {
+	for x, v := range read(r.next)[:len(pairs)] {
 		pairs[x] = uint64(v)
 	}
-	for x, v := range r.read(r.next + 1)[:len(pairs)] {
+	for x, v := range read(r.next + 1)[:len(pairs)] {
 		pairs[x] |= uint64(v) << 32
 	}
 }
