@@ -3,26 +3,45 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"image"
-	"image/jpeg"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 )
 
-// decodeBoth decodes a JPEG at full size by decodeJPEG, and by image/jpeg and the
-// same resampler.
-func decodeBoth(data []byte) (got, want image.Image, gotErr, wantErr error) {
+// decodeBoth decodes a JPEG to fit in side × side by decodeJPEG, and another by
+// image/jpeg and the same resampler.
+func decodeBoth(data, other []byte, side int) (got, want image.Image, gotErr, wantErr error) {
 	h, err := readImageHeader(data, testPixels)
 	if err != nil || !h.jpeg.streams() {
 		return nil, nil, err, err
 	}
-	got, gotErr = decodeJPEG(data, h, h.Width, h.Height, imageTools{})
-	stored, wantErr := decodeStored(data, h)
+	size := h.outputSizes(side, nil)[0]
+	got, gotErr = h.decodeTo(data, size, imageTools{})
+	stored, wantErr := decodeStored(other, h)
 	if wantErr == nil {
-		want = stored.render(h.Width, h.Height)
+		want = stored.render(h.Orientation.size(size.X, size.Y))
 	}
 	return got, want, gotErr, wantErr
+}
+
+// alike fails the test if a JPEG is not decoded as another is by image/jpeg, which
+// rounds elsewhere.
+func alike(t *testing.T, data, other []byte, sides ...int) {
+	t.Helper()
+	for _, side := range sides {
+		got, want, err, wantErr := decodeBoth(data, other, side)
+		if err != nil || wantErr != nil {
+			t.Fatal(err, wantErr)
+		}
+		if a, b := samplesOf(got), samplesOf(want); len(a) != len(b) || farthest(a, b) > 1 {
+			t.Errorf("in %d × %d: %d samples off by up to %d, of %d", side, side, len(a), farthest(a, b), len(b))
+		}
+	}
 }
 
 // samplesOf are an image's planes, one after the other.
@@ -49,7 +68,7 @@ func farthest(a, b []byte) int {
 func TestJPEGsAsTheStandardLibrarySeesThem(t *testing.T) {
 	t.Parallel()
 	files, _ := filepath.Glob(filepath.Join(goOutput(t, "env", "GOROOT"), "src", "image", "testdata", "*.jpeg"))
-	photos, _ := filepath.Glob(".cache/photos/*.jpg")
+	photos, _ := filepath.Glob(".cache/photos/[FW]*.jpg") // two, for they take long
 	if len(files) == 0 {
 		t.Fatal("no files")
 	}
@@ -57,29 +76,73 @@ func TestJPEGsAsTheStandardLibrarySeesThem(t *testing.T) {
 		t.Run(filepath.Base(name), func(t *testing.T) {
 			t.Parallel()
 			data := readTestFile(t, name)
-			got, want, err, wantErr := decodeBoth(data)
-			if err != nil || wantErr != nil {
-				t.Fatal(err, wantErr)
-			}
-			if want == nil {
+			if h, err := readImageHeader(data, testPixels); err == nil && !h.jpeg.streams() {
 				t.Skip("RGB or CMYK")
 			}
-			a, b := samplesOf(got), samplesOf(want)
-			if len(a) != len(b) || farthest(a, b) > 1 {
-				t.Errorf("%d samples off by up to %d, of %d", len(a), farthest(a, b), len(b))
-			}
+			alike(t, data, data, maxImageSide, 500)
 		})
 	}
 }
 
-func BenchmarkDecodeJPEG(b *testing.B) {
-	files := map[string][]byte{"made": encodedJPEG(b, photo(4000, 3000), 90)}
-	for _, name := range []string{os.Getenv("JPEG")} {
-		if name != "" {
-			files[filepath.Base(name)] = readTestFile(b, name)
+// cjpeg (libjpeg) makes what photographs seldom are, and image/jpeg never makes.
+// However the coefficients are stored, they are the same.
+func TestJPEGsOfEveryKind(t *testing.T) {
+	t.Parallel()
+	script := filepath.Join(t.TempDir(), "scans")
+	if err := os.WriteFile(script, []byte("1; 0; 2;"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m := photo(149, 83)
+	for _, sampling := range []string{"1x1", "2x1", "1x2", "2x2", "4x1", "4x2"} {
+		for _, kind := range []string{"", "-grayscale", "-quality 100", "-quality 3", "-quality 1 -baseline"} {
+			plain := strings.Fields("-sample " + sampling + " " + kind)
+			other := cjpeg(t, m, plain...)
+			for _, storage := range []string{"", "-progressive", "-restart 1", "-restart 3B", "-progressive -restart 7B", "-scans " + script, "-restart 5B -scans " + script} {
+				if strings.Contains(kind, "gray") && strings.Contains(storage, "-scans") {
+					continue
+				}
+				t.Run(sampling+kind+storage, func(t *testing.T) {
+					t.Parallel()
+					data := cjpeg(t, m, append(slices.Clone(plain), strings.Fields(storage)...)...)
+					alike(t, data, other, maxImageSide, 70, 9)
+					for _, n := range []int{2, len(data) / 2, len(data) - 10} {
+						if _, err := compressBytes(data[:len(data)-n], 100); errorCode(err) != "corrupt_image" {
+							t.Errorf("without its last %d bytes: %v", n, err)
+						}
+					}
+				})
+			}
 		}
 	}
-	for name, data := range files {
+}
+
+// cjpeg encodes an image.
+func cjpeg(t *testing.T, m image.Image, options ...string) []byte {
+	t.Helper()
+	path, err := exec.LookPath("cjpeg")
+	if err != nil {
+		t.Skip("no cjpeg (libjpeg-turbo-progs)")
+	}
+	size := m.Bounds().Size()
+	pixels := fmt.Appendf(nil, "P6 %d %d 255\n", size.X, size.Y)
+	for i := range size.X * size.Y {
+		r, g, b, _ := m.At(i%size.X, i/size.X).RGBA()
+		pixels = append(pixels, uint8(r>>8), uint8(g>>8), uint8(b>>8))
+	}
+	cmd := exec.Command(path, options...)
+	cmd.Stdin = bytes.NewReader(pixels)
+	data, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// BenchmarkDecodeJPEG decodes photographs and fits them in IMAGE_MAX_SIDE's default,
+// by decodeJPEG and by image/jpeg.
+func BenchmarkDecodeJPEG(b *testing.B) {
+	m := photo(4000, 3000)
+	for name, data := range map[string][]byte{"baseline": encodedJPEG(b, m, 90), "progressive": encodeJPEGPlanes(m, 90, nil)} {
 		h, err := readImageHeader(data, testPixels)
 		if err != nil {
 			b.Fatal(err)
@@ -96,12 +159,11 @@ func BenchmarkDecodeJPEG(b *testing.B) {
 		b.Run(name+"/standard", func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				m, err := jpeg.Decode(bytes.NewReader(data))
+				stored, err := decodeStored(data, h)
 				if err != nil {
 					b.Fatal(err)
 				}
-				d := &storedImage{header: h, pixels: m, frame: m.Bounds()}
-				d.render(fit.X, fit.Y)
+				stored.render(fit.X, fit.Y)
 			}
 		})
 	}
@@ -118,7 +180,7 @@ func FuzzJPEGAgainstStandard(f *testing.F) {
 		if err != nil || h.jpeg == nil || !h.jpeg.streams() {
 			return
 		}
-		got, want, err, wantErr := decodeBoth(data)
+		got, want, err, wantErr := decodeBoth(data, data, maxImageSide)
 		if wantErr != nil || errors.Is(err, errJPEGTable) { // it takes a table that is missing for one of zeros
 			return
 		}

@@ -22,33 +22,27 @@ func newDequantiser(steps *[64]uint16) *dequantiser {
 // outside of its first four rows and columns.
 const lowEnd = 10
 
+// sampleMiddle is what samples are centred on (T.81, A.3.1), and a half for rounding.
+const sampleMiddle = 128<<idctBits + 1<<(idctBits-1)
+
 // inverseDCT transforms a block into eight rows of eight samples (T.81, A.3.3),
 // by the method of Arai, Agui and Nakajima backwards (see forwardDCT). end is how
 // many coefficients in zigzag order may be other than zero.
 func (q *dequantiser) inverseDCT(dst []byte, stride int, b *jpegBlock, end int) {
-	const middle = 128<<idctBits + 1<<(idctBits-1) // samples are centred on 128; and rounding
-	if end <= 1 {
-		fillBlock(dst, stride, toSample(int(b[0])*q[0]+middle))
-		return
+	switch {
+	case end <= 1:
+		fillBlock(dst, stride, toSample(int(b[0])*q[0]+sampleMiddle))
+	case end <= lowEnd:
+		q.inverseLow(dst, stride, b)
+	default:
+		q.inverseWhole(dst, stride, b)
 	}
+}
+
+func (q *dequantiser) inverseWhole(dst []byte, stride int, b *jpegBlock) {
 	var t [64]int
-	if end <= lowEnd {
-		for x := range 4 {
-			c, m := b[x:x+25:x+25], q[x:x+25:x+25]
-			o := t[x : x+57 : x+57]
-			o[0], o[8], o[16], o[24], o[32], o[40], o[48], o[56] = inverse4(int(c[0])*m[0], int(c[8])*m[8], int(c[16])*m[16], int(c[24])*m[24])
-		}
-		for y := range 8 {
-			r := t[8*y : 8*y+4 : 8*y+4]
-			o := dst[y*stride:][:8:8]
-			s0, s1, s2, s3, s4, s5, s6, s7 := inverse4(r[0]+middle, r[1], r[2], r[3])
-			o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7] = toSample(s0), toSample(s1), toSample(s2), toSample(s3), toSample(s4), toSample(s5), toSample(s6), toSample(s7)
-		}
-		return
-	}
 	for x := range 8 {
-		c, m := b[x:x+57:x+57], q[x:x+57:x+57]
-		o := t[x : x+57 : x+57]
+		c, m, o := b[x:x+57:x+57], q[x:x+57:x+57], t[x:x+57:x+57]
 		if c[8]|c[16]|c[24]|c[32]|c[40]|c[48]|c[56] == 0 {
 			v := int(c[0]) * m[0]
 			o[0], o[8], o[16], o[24], o[32], o[40], o[48], o[56] = v, v, v, v, v, v, v, v
@@ -58,9 +52,22 @@ func (q *dequantiser) inverseDCT(dst []byte, stride int, b *jpegBlock, end int) 
 			int(c[32])*m[32], int(c[40])*m[40], int(c[48])*m[48], int(c[56])*m[56])
 	}
 	for y := range 8 {
-		r := t[8*y : 8*y+8 : 8*y+8]
-		o := dst[y*stride:][:8:8]
-		s0, s1, s2, s3, s4, s5, s6, s7 := inverse8(r[0]+middle, r[1], r[2], r[3], r[4], r[5], r[6], r[7])
+		r, o := t[8*y:8*y+8:8*y+8], dst[y*stride:][:8:8]
+		s0, s1, s2, s3, s4, s5, s6, s7 := inverse8(r[0]+sampleMiddle, r[1], r[2], r[3], r[4], r[5], r[6], r[7])
+		o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7] = toSample(s0), toSample(s1), toSample(s2), toSample(s3), toSample(s4), toSample(s5), toSample(s6), toSample(s7)
+	}
+}
+
+// inverseLow is inverseWhole of a block that ends at lowEnd.
+func (q *dequantiser) inverseLow(dst []byte, stride int, b *jpegBlock) {
+	var t [64]int
+	for x := range 4 {
+		c, m, o := b[x:x+25:x+25], q[x:x+25:x+25], t[x:x+57:x+57]
+		o[0], o[8], o[16], o[24], o[32], o[40], o[48], o[56] = inverse4(int(c[0])*m[0], int(c[8])*m[8], int(c[16])*m[16], int(c[24])*m[24])
+	}
+	for y := range 8 {
+		r, o := t[8*y:8*y+4:8*y+4], dst[y*stride:][:8:8]
+		s0, s1, s2, s3, s4, s5, s6, s7 := inverse4(r[0]+sampleMiddle, r[1], r[2], r[3])
 		o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7] = toSample(s0), toSample(s1), toSample(s2), toSample(s3), toSample(s4), toSample(s5), toSample(s6), toSample(s7)
 	}
 }
