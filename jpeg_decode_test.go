@@ -116,6 +116,22 @@ func TestJPEGsOfEveryKind(t *testing.T) {
 	}
 }
 
+// What is missing from a scan is not made up, although the file comes to its end.
+func TestJPEGWithHolesIsRefused(t *testing.T) {
+	t.Parallel()
+	data := cjpeg(t, photo(149, 83), "-restart", "3B")
+	second := bytes.Index(data, []byte("\xff\xd1"))
+	for name, file := range map[string][]byte{
+		"short scan":           slices.Concat(data[:len(data)/2], []byte("\xff\xd9")),
+		"no restart marker":    slices.Concat(data[:second], data[second+2:]),
+		"other restart marker": slices.Concat(data[:second], []byte("\xff\xd2"), data[second+2:]),
+	} {
+		if _, err := compressBytes(file, 100); errorCode(err) != "corrupt_image" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // cjpeg encodes an image.
 func cjpeg(t *testing.T, m image.Image, options ...string) []byte {
 	t.Helper()

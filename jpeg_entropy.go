@@ -307,7 +307,6 @@ func (s *jpegScanReader) begin() error {
 		if err := s.restart((s.done/s.interval - 1) & 7); err != nil {
 			return err
 		}
-		s.emptyBlocks = 0
 		for i := range s.parts {
 			s.parts[i].previous = 0
 		}
