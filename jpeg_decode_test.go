@@ -121,8 +121,10 @@ func TestJPEGWithHolesIsRefused(t *testing.T) {
 	t.Parallel()
 	data := cjpeg(t, photo(149, 83), "-restart", "3B")
 	second := bytes.Index(data, []byte("\xff\xd1"))
+	whole := cjpeg(t, photo(149, 83))
 	for name, file := range map[string][]byte{
-		"short scan":           slices.Concat(data[:len(data)/2], []byte("\xff\xd9")),
+		"short scan":           slices.Concat(whole[:len(whole)/2], []byte("\xff\xd9")),
+		"short interval":       slices.Concat(data[:second-20], data[second:]),
 		"no restart marker":    slices.Concat(data[:second], data[second+2:]),
 		"other restart marker": slices.Concat(data[:second], []byte("\xff\xd2"), data[second+2:]),
 	} {
@@ -130,6 +132,21 @@ func TestJPEGWithHolesIsRefused(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// RGB is left to image/jpeg. Of an image that says it is JFIF, it is YCbCr whatever
+// else it says.
+func TestRGBInJPEG(t *testing.T) {
+	t.Parallel()
+	data := cjpeg(t, photo(40, 30), "-rgb")
+	if h, err := readImageHeader(data, testPixels); err != nil || h.jpeg.streams() {
+		t.Errorf("RGB is taken for YCbCr, %v", err)
+	}
+	data = withJPEGSegment(data, 0xe0, "JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00")
+	if h, err := readImageHeader(data, testPixels); err != nil || !h.jpeg.streams() {
+		t.Errorf("JFIF is taken for RGB, %v", err)
+	}
+	alike(t, data, data, 40)
 }
 
 // cjpeg encodes an image.
