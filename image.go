@@ -37,6 +37,7 @@ type imageHeader struct {
 	outputBytes float64    // held for each output pixel: planes and encoded form
 	sourceBytes int        // length of the file
 	jpeg        *jpegFrame // of a JPEG
+	png         *pngHeader // of a PNG
 }
 
 // storedImage is an image's pixels as its decoder made them, at full size and
@@ -44,7 +45,7 @@ type imageHeader struct {
 type storedImage struct {
 	imageTools
 	header imageHeader
-	pixels image.Image
+	pixels image.Image     // nil if the decoder yields them row by row
 	frame  image.Rectangle // where pixels lie in the image; the rest is transparent
 }
 
@@ -218,8 +219,11 @@ func decodeImage(data []byte, h imageHeader, maxSide int, tools imageTools) (d *
 // decodeTo decodes the image to a size, upright.
 func (h imageHeader) decodeTo(data []byte, size image.Point, tools imageTools) (image.Image, error) {
 	width, height := h.Orientation.size(size.X, size.Y)
-	if h.jpeg != nil && h.jpeg.streams() {
+	switch {
+	case h.jpeg != nil && h.jpeg.streams():
 		return decodeJPEG(data, h, width, height, tools)
+	case h.png != nil:
+		return decodePNG(data, h, width, height, tools)
 	}
 	stored, err := decodeStored(data, h)
 	if err != nil {
@@ -251,8 +255,6 @@ func decodePixels(data []byte, h imageHeader) (image.Image, image.Rectangle, err
 	switch h.Format {
 	case formatJPEG:
 		pixels, err = jpeg.Decode(bytes.NewReader(data))
-	case formatPNG:
-		pixels, err = png.Decode(bytes.NewReader(data))
 	case formatGIF:
 		pixels, err = gif.Decode(bytes.NewReader(data)) // stops after the first frame
 	case formatWebP:

@@ -112,19 +112,26 @@ const pngSignature = "\x89PNG\r\n\x1a\n"
 // Checksums are left to the decoder.
 func pngChunks(data []byte) iter.Seq[segment] {
 	return func(yield func(segment) bool) {
-		rest := data[len(pngSignature):]
-		for len(rest) >= 12 {
-			size := int64(binary.BigEndian.Uint32(rest))
-			if size > int64(len(rest)-12) {
+		for rest := data[len(pngSignature):]; ; {
+			s, ok := pngChunkAt(rest)
+			if !ok || !yield(s) || s.kind == "IEND" {
 				return
 			}
-			s := segment{string(rest[4:8]), rest[:12+size], rest[8 : 8+size]}
-			if !yield(s) || s.kind == "IEND" {
-				return
-			}
-			rest = rest[12+size:]
+			rest = rest[len(s.raw):]
 		}
 	}
+}
+
+// pngChunkAt reads the chunk that data begins with.
+func pngChunkAt(data []byte) (segment, bool) {
+	if len(data) < 12 {
+		return segment{}, false
+	}
+	size := int64(binary.BigEndian.Uint32(data))
+	if size > int64(len(data)-12) {
+		return segment{}, false
+	}
+	return segment{string(data[4:8]), data[:12+size], data[8 : 8+size]}, true
 }
 
 // riffChunks walks the chunks in data, which follow a RIFF header or stand in

@@ -83,8 +83,7 @@ func jpegHeaderOf(marker byte, w, h int) []byte {
 }
 
 func pngHeaderOf(w, h uint32) []byte {
-	body := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(nil, w), h)
-	return append([]byte(pngSignature), pngChunk("IHDR", string(body)+"\x08\x06\x00\x00\x00")...)
+	return pngOf(pngKind{colour: pngTruecolourAlpha, depth: 8}.header(w, h))
 }
 
 // Not parallel: it looks at the process's count of allocated bytes.

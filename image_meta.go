@@ -157,17 +157,18 @@ func ceilDiv[N int | int64](a, b N) N { return (a + b - 1) / b }
 // readPNGHeader reads IHDR and, up to the end, what else matters.
 func readPNGHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatPNG}
-	alpha, depth, colorType, interlaced, profiled := false, byte(0), byte(0), false, false
+	transparent, profiled := false, false
 	for c := range pngChunks(data) {
-		if (c.kind == "IHDR") != (depth == 0) || c.kind == "IHDR" && (len(c.body) != 13 || c.body[8] == 0) {
+		if (c.kind == "IHDR") != (h.png == nil) {
 			return h, permanent("corrupt_image", "png that does not begin with its header")
 		}
 		switch c.kind {
 		case "IHDR":
-			h.Width, h.Height = int(binary.BigEndian.Uint32(c.body)), int(binary.BigEndian.Uint32(c.body[4:]))
-			depth, colorType, interlaced = c.body[8], c.body[9], c.body[12] != 0
+			if h.png = parsePNGHeader(c.body); h.png == nil {
+				return h, permanent("corrupt_image", "png with a header that cannot be read")
+			}
 		case "tRNS":
-			alpha = true
+			transparent = true
 		case "eXIf":
 			h.Orientation = exifOrientation(c.body)
 		case "iCCP":
@@ -176,30 +177,12 @@ func readPNGHeader(data []byte) (imageHeader, error) {
 			}
 		}
 	}
-	if depth == 0 {
+	if h.png == nil {
 		return h, permanent("corrupt_image", "png without a header")
 	}
-	perPixel, output := pngCost(colorType, depth, alpha)
-	if interlaced { // each pass is an image of its own before it is merged
-		perPixel *= 2
-	}
-	h.decodeBytes, h.outputBytes = perPixel*int64(h.Width)*int64(h.Height), output
+	h.Width, h.Height = h.png.width, h.png.height
+	h.decodeBytes, h.outputBytes = h.png.cost(transparent)
 	return h, nil
-}
-
-// pngCost is how many bytes the decoder makes of a pixel, and what an output pixel takes.
-func pngCost(colorType, depth byte, transparent bool) (perPixel int64, output float64) {
-	const grey, palette, alphaBit = 0, 3, 4
-	deep := int64(depth) / 16 // 1 for 16 bits, else 0
-	switch {
-	case colorType == palette:
-		return 1, outputRGBA
-	case colorType == grey && !transparent:
-		return 1 + deep, outputGrey
-	case transparent || colorType&alphaBit != 0:
-		return 4 + 4*deep, outputRGBA
-	}
-	return 4 + 4*deep, outputRGB
 }
 
 // readGIFHeader reads the canvas and the first frame, and looks for a second.

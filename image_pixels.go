@@ -72,18 +72,12 @@ func (d *storedImage) render(w, h int) image.Image {
 	switch m := d.pixels.(type) {
 	case *image.Gray:
 		return d.renderGrey(w, h, func(y int) []byte { return m.Pix[y*m.Stride:] })
-	case *image.Gray16:
-		row := make([]byte, m.Rect.Dx())
-		return d.renderGrey(w, h, func(y int) []byte {
-			narrow16(row, m.Pix[y*m.Stride:])
-			return row
-		})
 	case *image.YCbCr:
 		if whole {
 			return d.renderYCbCr(w, h, m)
 		}
 	}
-	return d.renderNRGBA(w, h)
+	return d.renderNRGBA(w, h, d.rowReader())
 }
 
 func (d *storedImage) renderGrey(w, h int, read func(y int) []byte) image.Image {
@@ -156,12 +150,12 @@ func chromaAxis(src, dst, sub int, mirrored bool) axis {
 
 // renderNRGBA goes by RGBA, premultiplied while it is resized, so that the
 // colour of transparent pixels does not bleed into the others. What is not
-// resized is not premultiplied either, and so stays exact.
-func (d *storedImage) renderNRGBA(w, h int) image.Image {
+// resized is not premultiplied either, and so stays exact. A row that is read
+// may be changed until the next is.
+func (d *storedImage) renderNRGBA(w, h int, read func(y int) []byte) image.Image {
 	src, o := d.header, d.header.Orientation
 	out := d.buffers.nrgba(uprightRect(w, h, o))
 	g := newGrid(out.Pix, out.Stride, 4, w, h, o)
-	read := d.rowReader()
 	if w == src.Width && h == src.Height {
 		for y := range h {
 			row := read(y)
@@ -206,10 +200,6 @@ func rowConverter(img image.Image) func(dst []byte, y int) {
 		return func(dst []byte, y int) { copy(dst, m.Pix[y*m.Stride:]) }
 	case *image.NRGBA:
 		return func(dst []byte, y int) { copy(dst, m.Pix[y*m.Stride:]) }
-	case *image.RGBA64:
-		return func(dst []byte, y int) { narrow16(dst, m.Pix[y*m.Stride:]) }
-	case *image.NRGBA64:
-		return func(dst []byte, y int) { narrow16(dst, m.Pix[y*m.Stride:]) }
 	case *image.Paletted:
 		return palettedRows(m)
 	case *image.CMYK:
@@ -262,14 +252,6 @@ func yCbCrRow(dst []byte, m *image.YCbCr, y int) {
 		yi, ci := m.YOffset(px, py), m.COffset(px, py)
 		dst[4*x], dst[4*x+1], dst[4*x+2] = color.YCbCrToRGB(m.Y[yi], m.Cb[ci], m.Cr[ci])
 		dst[4*x+3] = 255
-	}
-}
-
-// narrow16 reduces big-endian 16-bit samples to 8 bits, to the nearest.
-func narrow16(dst, src []byte) {
-	for i := range dst {
-		v := uint32(src[2*i])<<8 | uint32(src[2*i+1])
-		dst[i] = uint8((v*255 + 32767) / 65535)
 	}
 }
 
