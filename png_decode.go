@@ -5,6 +5,7 @@ import (
 	"compress/zlib"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"image"
 	"io"
@@ -24,7 +25,6 @@ var (
 	errPNGTransparency = errors.New("bad transparency")
 	errPNGEnd          = errors.New("bad end")
 	errPNGFilter       = errors.New("bad filter type")
-	errPNGShort        = errors.New("not enough pixel data")
 	errPNGLong         = errors.New("too much pixel data")
 )
 
@@ -185,7 +185,7 @@ func (p *pngRows) readChunks(data []byte) (err error) {
 			}
 			seen = c.kind
 		case "IEND":
-			if seen != "IDAT" || len(c.body) != 0 {
+			if len(c.body) != 0 {
 				return errPNGEnd
 			}
 			return nil
@@ -249,7 +249,7 @@ func (r *idatReader) Read(b []byte) (int, error) {
 	for len(r.body) == 0 {
 		c, ok := pngChunkAt(r.rest)
 		if !ok || c.kind != "IDAT" {
-			return 0, errPNGShort
+			return 0, io.EOF
 		}
 		r.body, r.rest = c.body, r.rest[len(c.raw):]
 	}
@@ -276,19 +276,19 @@ func (p *pngRows) begin(width, height int) {
 // next one is read.
 func (p *pngRows) read(y int) []byte {
 	for ; p.next <= y && p.err == nil; p.next++ {
-		if p.err = p.unpack(); p.err == nil {
-			p.out = p.convert(p.current[1:])
-			p.current, p.above = p.above, p.current
+		if err := p.unpack(); err != nil {
+			p.err = fmt.Errorf("row %d: %w", p.next, err)
+			break
 		}
+		p.out = p.convert(p.current[1:])
+		p.current, p.above = p.above, p.current
 	}
 	return p.out
 }
 
-// unpack reads a row into p.current.
+// unpack reads the next row as it is stored.
 func (p *pngRows) unpack() error {
-	if _, err := io.ReadFull(p.stream, p.current); err == io.EOF || err == io.ErrUnexpectedEOF {
-		return errPNGShort
-	} else if err != nil {
+	if _, err := io.ReadFull(p.stream, p.current); err != nil {
 		return err
 	}
 	return unfilter(p.current[0], p.current[1:], p.above[1:], max(1, p.channels()*p.depth/8))
