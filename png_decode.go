@@ -121,7 +121,7 @@ func decodePNG(data []byte, header imageHeader, w, h int, tools imageTools) (ima
 type pngRows struct {
 	*pngHeader
 	palette [256][4]byte // RGBA; opaque black beyond what the file has
-	key     []byte       // the pixel that is transparent, of 8-bit samples, or of 16-bit ones as stored; nil if there is none
+	key     []byte       // the pixel that is transparent, in 8-bit samples, or 16-bit ones as stored; nil if there is none
 	scale   byte         // makes a grey sample of less than 8 bits one of 8
 	idat    idatReader
 	stream  io.Reader // idat, inflated
@@ -311,8 +311,8 @@ func (p *pngRows) finish() error {
 	return nil
 }
 
-// adam7 are the passes of an interlaced image (8.1): the first pixel
-// of each, and the steps to its next.
+// adam7 are the passes of an interlaced image (8.1): the first pixel of each, and
+// the steps to its next.
 var adam7 = [7]struct{ x, y, dx, dy int }{
 	{0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4}, {1, 0, 2, 2}, {0, 1, 1, 2},
 }
