@@ -934,9 +934,7 @@ func TestRealPhotographs(t *testing.T) {
 		t.Skip("needs photographs: scripts/fetch-test-photos.sh")
 	}
 	photos := newPhotoServer(t)
-	// One is a progressive JPEG of 16 megapixels without subsampling, the most
-	// that a photo of its size can need.
-	api := startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir(), "IMAGE_MEMORY": "512MiB"}))
+	api := startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
 	var sources []string
 	var sizes []image.Config
 	var lengths []int
