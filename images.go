@@ -294,13 +294,14 @@ func (s *store) SettleFailed(ctx context.Context, job Job, f failure) (version i
 
 const selectPutOff = `SELECT put_off FROM images WHERE id = $1 AND status = 'pending' FOR UPDATE`
 
-// putOffBase is the first wait for a host that is busy; it doubles, with jitter,
-// to maxRetryDelay, so that a long queue for one host is not published again and
-// again.
+// putOffBase is the first wait for a host that is busy, or a storage that is away;
+// it doubles, with jitter, to maxRetryDelay, so that a long queue for one host is
+// not published again and again.
 const putOffBase = 2 * time.Second
 
-// PutOff makes a pending image due again after a while, with no attempt counted:
-// its host was busy. errNotFound as for PendingImage.
+// PutOff makes a pending image due again after a while, with no attempt and no
+// lone start counted: it is not to blame for the delay. errNotFound as for
+// PendingImage.
 func (s *store) PutOff(ctx context.Context, id int64) error {
 	err := s.InTx(ctx, func(tx querier) error {
 		var times int

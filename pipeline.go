@@ -304,6 +304,15 @@ func (p *pipeline) upload(ctx context.Context, w *work) error {
 	return p.storeObjects(ctx, w)
 }
 
+// storagePatience is how long an image that cannot be stored is kept in hand, from
+// its delivery on. It leaves those that wait behind it the time for a try of their
+// own within RabbitMQ's consumer timeout, 30 minutes: then the broker delivers what
+// is in hand once more, and what came back often enough is taken for poison.
+const storagePatience = 10 * time.Minute
+
+// errStorageAway says that the storage is away for longer than storagePatience.
+var errStorageAway = errors.New("the storage is away")
+
 func (p *pipeline) storeObjects(ctx context.Context, w *work) error {
 	keys := w.image.keys()
 	return p.persist(ctx, w, func() error {
@@ -312,7 +321,11 @@ func (p *pipeline) storeObjects(ctx context.Context, w *work) error {
 		}
 		point("object reserved")
 		for n, out := range w.outputs {
-			if err := p.blobs.Put(ctx, keys[n], out.ContentType, out.Data); err != nil {
+			err := p.blobs.Put(ctx, keys[n], out.ContentType, out.Data)
+			if err != nil && ctx.Err() == nil && time.Since(w.started) > storagePatience {
+				return fmt.Errorf("%w: %w", errStorageAway, err)
+			}
+			if err != nil {
 				return err
 			}
 			point("object stored")
@@ -342,7 +355,7 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 		point("acked")
 	case errors.Is(w.err, errNotFound):
 		err = p.letGo(ctx, w)
-	case errors.Is(w.err, errHostBusy):
+	case errors.Is(w.err, errHostBusy), errors.Is(w.err, errStorageAway):
 		err = p.putOff(ctx, w)
 	case errors.As(w.err, &failed):
 		err = w.delivery.Reject()
@@ -356,8 +369,8 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 	}
 }
 
-// putOff queues an image anew whose host was busy, and lets go of the delivery, so
-// that images of other hosts take its place.
+// putOff queues an image anew whose host was busy or that could not be stored, and
+// lets go of the delivery, so that other images take its place.
 func (p *pipeline) putOff(ctx context.Context, w *work) error {
 	err := p.persist(ctx, w, func() error { return p.store.PutOff(ctx, w.delivery.Job.ID) })
 	switch {
@@ -480,12 +493,12 @@ const (
 
 // persist does what needs the database or the storage until it succeeds: their
 // outages are not the image's fault and cost it no attempt. It gives up when ctx
-// ends, and at once when the image is no longer wanted.
+// ends, and at once when the image is no longer wanted or is to be put off.
 func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error {
 	delay := minPersistDelay
 	for {
 		err := do()
-		if err == nil || errors.Is(err, errNotFound) {
+		if err == nil || errors.Is(err, errNotFound) || errors.Is(err, errStorageAway) {
 			return err
 		}
 		if ctx.Err() != nil {

@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/semaphore"
 )
@@ -58,6 +60,54 @@ func TestPipelineTellsOfACommitThatItDidNotSee(t *testing.T) {
 			if !slices.Equal(told, []productVersion{{product.ID, 2}}) || len(verdicts) != 1 {
 				t.Errorf("%s: told %v, settled with %v", name, told, verdicts)
 			}
+		}
+	})
+}
+
+// awayBlobs is a storage that is away.
+type awayBlobs struct{}
+
+func (awayBlobs) Put(context.Context, string, string, []byte) error { return errors.New("away") }
+func (awayBlobs) Delete(context.Context, string) error              { return errors.New("away") }
+
+// While the storage is away for hours, no delivery is held until the broker takes
+// it back, which counts against the image: it is queued anew, and no worse off than
+// before. One that reaches the storage late is not kept for as long again.
+func TestImageIsPutOffWhileTheStorageIsAway(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		create(t, s, "https://a.example/1.jpg")
+		job := publishDue(t, s)[0]
+		_, err := s.CountLoneStart(t.Context(), job.ID)
+		settled(t, err)
+		p := &pipeline{store: s, blobs: awayBlobs{}, log: testLog(t)}
+		hand := semaphore.NewWeighted(1)
+		settled(t, hand.Acquire(t.Context(), 1))
+		var verdicts []verdict
+		delivery := newDelivery(job, hand, func(v verdict) error { verdicts = append(verdicts, v); return nil })
+		w := &work{delivery: delivery, log: p.log, image: Image{ID: job.ID}, outputs: []compressedImage{{Ext: "jpg"}}}
+
+		w.started = time.Now().Add(maxPersistDelay/10 - storagePatience) // so it has a second left
+		ctx, cancel := context.WithTimeout(t.Context(), storagePatience/20)
+		defer cancel()
+		w = p.step("upload", ctx, p.upload)(w)
+		if early := time.Since(w.started); !errors.Is(w.err, errStorageAway) || early < storagePatience {
+			t.Fatalf("given up after %v in hand: %v", early, w.err)
+		}
+		p.settle(t.Context(), w)
+		if !slices.Equal(verdicts, []verdict{verdictDone}) {
+			t.Errorf("settled with %v", verdicts)
+		}
+		image, err := s.PendingImage(t.Context(), job.ID)
+		if err != nil || image.Attempts != 0 {
+			t.Errorf("afterwards: %+v, %v", image, err)
+		}
+		if starts, err := s.CountLoneStart(t.Context(), job.ID); err != nil || starts != 1 {
+			t.Errorf("the next start is counted as %d, %v", starts, err)
+		}
+		s.now = func() time.Time { return time.Now().Add(maxRetryDelay) }
+		if again := publishDue(t, s); len(again) != 1 || again[0].ID != job.ID {
+			t.Errorf("due are %v", again)
 		}
 	})
 }
