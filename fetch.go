@@ -18,6 +18,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"golang.org/x/sync/semaphore"
 )
 
 const (
@@ -41,6 +43,7 @@ const (
 type fetchLimits struct {
 	MaxBytes     int64         // of the body
 	Timeout      time.Duration // from the first dial to the last byte, redirects included
+	Memory       int64         // that all bodies in hand may hold, but MaxBytes at least; see freeBytes
 	AllowPrivate bool          // loopback, private and link-local addresses and any port; for development
 }
 
@@ -51,6 +54,7 @@ type fetcher struct {
 	limits    fetchLimits
 	dialer    net.Dialer
 	transport *http.Transport
+	room      *semaphore.Weighted // bytes that bodies in hand hold
 
 	mu    sync.Mutex
 	hosts map[string]*hostSlots // of the hosts with a download in work or waiting
@@ -58,7 +62,7 @@ type fetcher struct {
 
 // errHostBusy says that a host has as many downloads in work as it may have, and
 // is slow with them. It is no failure of the image, which may come again later.
-var errHostBusy = errors.New("the host is busy with other downloads")
+var errHostBusy = fmt.Errorf("%w: the host is busy with other downloads", errPutOff)
 
 // hostSlots counts the downloads of one host.
 type hostSlots struct {
@@ -80,6 +84,7 @@ func newFetcher(limits fetchLimits) *fetcher {
 	f := &fetcher{
 		limits: limits,
 		dialer: net.Dialer{Timeout: connectTimeout},
+		room:   semaphore.NewWeighted(max(limits.Memory, limits.MaxBytes)),
 		hosts:  map[string]*hostSlots{},
 	}
 	f.transport = &http.Transport{
@@ -97,9 +102,10 @@ func newFetcher(limits fetchLimits) *fetcher {
 	return f
 }
 
-// Fetch downloads url whole. What the origin or the URL is to blame for is an
-// *imageError. When ctx ends Fetch returns ctx's error as it is, when the host is
-// busy errHostBusy, and our own want (no free file descriptor) is an ordinary error.
+// Fetch downloads url whole; the caller must release the body. What the origin or
+// the URL is to blame for is an *imageError. When ctx ends Fetch returns ctx's error
+// as it is, when the host is busy errHostBusy, when there is no memory errNoRoom, and
+// our own want (no free file descriptor) is an ordinary error.
 func (f *fetcher) Fetch(ctx context.Context, url string) ([]byte, error) {
 	u, problem := parseImageURL(url)
 	if problem != "" {
@@ -241,9 +247,9 @@ func (f *fetcher) get(ctx context.Context, u *url.URL) (data []byte, next *url.U
 	default:
 		return nil, nil, statusError(resp)
 	}
-	data, err = f.read(resp, cancel)
+	data, err = f.read(ctx, resp, cancel)
 	var refused *imageError
-	if err != nil && !errors.As(err, &refused) {
+	if err != nil && !errors.As(err, &refused) && !errors.Is(err, errNoRoom) {
 		err = f.downloadError(ctx, u, err)
 	}
 	return data, nil, err
@@ -302,18 +308,23 @@ func retryAfter(header string, now time.Time) time.Duration {
 }
 
 // read takes the body in, and calls cancel when it comes too slowly.
-func (f *fetcher) read(resp *http.Response, cancel context.CancelCauseFunc) ([]byte, error) {
+func (f *fetcher) read(ctx context.Context, resp *http.Response, cancel context.CancelCauseFunc) ([]byte, error) {
 	limit := f.limits.MaxBytes
 	if resp.ContentLength > limit {
 		return nil, permanent("too_large", "%d bytes, more than the %d allowed", resp.ContentLength, limit)
 	}
 	pace := newPaceReader(resp.Body, cancel)
 	defer pace.timer.Stop()
-	body, err := io.ReadAll(io.LimitReader(pace, limit+1))
+	most := limit
+	if resp.ContentLength >= 0 {
+		most = resp.ContentLength // more than that net/http does not let through
+	}
+	body, err := f.readBody(ctx, pace, most+1) // one more, so that its end is seen
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("read body: %w", err)
 	case int64(len(body)) > limit:
+		f.Release(body)
 		return nil, permanent("too_large", "more than the %d bytes allowed", limit)
 	case len(body) == 0:
 		return nil, permanent("empty_body", "the answer has no content")

@@ -29,6 +29,17 @@ type blobs interface {
 	Delete(ctx context.Context, key string) error
 }
 
+// sources downloads what images are made from.
+type sources interface {
+	Fetch(ctx context.Context, url string) ([]byte, error)
+	// Release says that what Fetch returned is no longer held.
+	Release(source []byte)
+}
+
+// errPutOff begins the errors that are nobody's fault and may last: the image is
+// queued anew for later, and lets others have its place.
+var errPutOff = errors.New("to be put off")
+
 // imageSettings are the IMAGE_ and RETRY_ settings as the pipeline needs them.
 type imageSettings struct {
 	Workers       int
@@ -53,7 +64,7 @@ type pipeline struct {
 	store      *store
 	queue      consumer
 	blobs      blobs
-	fetch      func(ctx context.Context, url string) ([]byte, error)
+	sources    sources
 	invalidate func(productID, version int64) // a product has changed
 	memory     *semaphore.Weighted            // bytes that decoded images hold
 	log        *slog.Logger
@@ -209,6 +220,7 @@ func (p *pipeline) step(name string, ctx context.Context, do func(context.Contex
 		if err := do(ctx, w); err != nil {
 			w.log = w.log.With("stage", name)
 			w.err = err
+			p.dropSource(w)
 		}
 		duration.UpdateDuration(start)
 		return w
@@ -242,7 +254,7 @@ func (p *pipeline) download(ctx context.Context, d Delivery) *work {
 		if err != nil {
 			return err
 		}
-		w.source, err = p.fetch(ctx, w.image.Source)
+		w.source, err = p.sources.Fetch(ctx, w.image.Source)
 		point("downloaded")
 		return err
 	})(w)
@@ -286,12 +298,20 @@ func (p *pipeline) release(w *work) {
 	w.held = 0
 }
 
+// dropSource gives the source's memory back, of which later stages have no need.
+func (p *pipeline) dropSource(w *work) {
+	if w.source != nil {
+		p.sources.Release(w.source)
+		w.source = nil
+	}
+}
+
 // upload stores the compressed image and its variants under the keys that they
 // will have. The reservation of them all sees to it that nothing is left behind
 // if the image is never settled.
 func (p *pipeline) upload(ctx context.Context, w *work) error {
 	w.image.SourceBytes = int64(len(w.source))
-	w.source = nil
+	p.dropSource(w)
 	w.image.Variants = nil
 	for n, out := range w.outputs {
 		key := blobKey(w.delivery.Job.ProductID, w.delivery.Job.ID, out.Data, out.Ext)
@@ -311,7 +331,7 @@ func (p *pipeline) upload(ctx context.Context, w *work) error {
 const storagePatience = 10 * time.Minute
 
 // errStorageAway says that the storage is away for longer than storagePatience.
-var errStorageAway = errors.New("the storage is away")
+var errStorageAway = fmt.Errorf("%w: the storage is away", errPutOff)
 
 func (p *pipeline) storeObjects(ctx context.Context, w *work) error {
 	keys := w.image.keys()
@@ -355,7 +375,7 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 		point("acked")
 	case errors.Is(w.err, errNotFound):
 		err = p.letGo(ctx, w)
-	case errors.Is(w.err, errHostBusy), errors.Is(w.err, errStorageAway):
+	case errors.Is(w.err, errPutOff):
 		err = p.putOff(ctx, w)
 	case errors.As(w.err, &failed):
 		err = w.delivery.Reject()
@@ -369,8 +389,7 @@ func (p *pipeline) settle(ctx context.Context, w *work) {
 	}
 }
 
-// putOff queues an image anew whose host was busy or that could not be stored, and
-// lets go of the delivery, so that other images take its place.
+// putOff queues an image anew, see errPutOff, and lets go of the delivery.
 func (p *pipeline) putOff(ctx context.Context, w *work) error {
 	err := p.persist(ctx, w, func() error { return p.store.PutOff(ctx, w.delivery.Job.ID) })
 	switch {
@@ -498,7 +517,7 @@ func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error 
 	delay := minPersistDelay
 	for {
 		err := do()
-		if err == nil || errors.Is(err, errNotFound) || errors.Is(err, errStorageAway) {
+		if err == nil || errors.Is(err, errNotFound) || errors.Is(err, errPutOff) {
 			return err
 		}
 		if ctx.Err() != nil {

@@ -70,7 +70,7 @@ func benchmarkPipeline(b *testing.B, photo []byte, workers int) {
 		imageSettings: imageSettings{Workers: workers, Memory: 256 << 20, MaxPixels: testPixels, MaxSide: 2048, Quality: testQuality,
 			RetryAttempts: 1, RetryBase: time.Second},
 		store: s, queue: queue, blobs: files, log: log, memory: semaphore.NewWeighted(256 << 20),
-		fetch:      newFetcher(fetchLimits{MaxBytes: math.MaxInt32, Timeout: time.Minute, AllowPrivate: true}).Fetch,
+		sources:    newFetcher(fetchLimits{MaxBytes: math.MaxInt32, Timeout: time.Minute, AllowPrivate: true}),
 		invalidate: func(int64, int64) { settled.Done() },
 	}
 	ctx, cancel := context.WithCancel(b.Context())

@@ -356,12 +356,14 @@ func (a *app) process(ctx, stop context.Context) error {
 	defer context.AfterFunc(stop, func() { time.AfterFunc(a.ShutdownGrace, cancel) })()
 	// The processors keep this many of Go's own busy; the others need theirs.
 	runtime.GOMAXPROCS(cpus + a.Image.Workers)
+	limits := a.FetchLimits
+	limits.Memory = a.Image.Memory
 	p := &pipeline{
 		imageSettings: a.Image,
 		store:         a.store,
 		queue:         a.queue,
 		blobs:         a.blobs,
-		fetch:         newFetcher(a.FetchLimits).Fetch,
+		sources:       newFetcher(limits),
 		invalidate:    a.invalidate,
 		memory:        semaphore.NewWeighted(a.Image.Memory),
 		log:           a.log,
