@@ -69,7 +69,7 @@ func (k *deadKeeper) Run(ctx context.Context) error {
 		case <-timer.C:
 		}
 		start := time.Now()
-		k.report(ctx, k.look(ctx))
+		k.health.note(ctx, k.look(ctx), "the dead-letter queue is not looked after, retrying", "the dead-letter queue is looked after again")
 		timer.Reset(max(deadLeastRest, deadRestFactor*time.Since(start)))
 		select {
 		case <-ctx.Done():
@@ -77,16 +77,6 @@ func (k *deadKeeper) Run(ctx context.Context) error {
 		case <-timer.C:
 		}
 		timer.Reset(deadLookInterval)
-	}
-}
-
-func (k *deadKeeper) report(ctx context.Context, err error) {
-	switch {
-	case ctx.Err() != nil:
-	case err != nil:
-		k.health.fault("away", "the dead-letter queue is not looked after, retrying", err)
-	case k.health.kind != "":
-		k.health.mended("the dead-letter queue is looked after again")
 	}
 }
 

@@ -119,12 +119,9 @@ func (d *dispatcher) drain(ctx context.Context) bool {
 			return true
 		}
 		claimed, err := d.dispatch(ctx)
+		d.health.note(ctx, err, "dispatching fails, retrying", "dispatching works again")
 		if err != nil {
-			d.health.fault("dispatch", "dispatching fails, retrying", err)
 			return false
-		}
-		if d.health.kind != "" {
-			d.health.mended("dispatching works again")
 		}
 		d.pace.reset()
 		if claimed < dispatchBatch {

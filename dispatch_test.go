@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -306,5 +309,27 @@ func TestFaultKinds(t *testing.T) {
 	}
 	if faultKind(cut) == faultKind(errNoQueue) || faultKind(errNoQueue) == faultKind(errBrokerFrozen) {
 		t.Error("different faults are one")
+	}
+}
+
+// A fault is logged once, however long it lasts, then its end. A round that failed
+// because the program ends is neither.
+func TestHealthLogNotesChanges(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	h := healthLog{log: slog.New(slog.NewTextHandler(&out, nil))}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	away := errors.New("away")
+	h.note(t.Context(), nil, "fails", "works")
+	h.note(ended, away, "fails", "works")
+	if out.Len() > 0 {
+		t.Errorf("while all is well: %s", &out)
+	}
+	for _, err := range []error{away, away, nil, nil} {
+		h.note(t.Context(), err, "fails", "works")
+	}
+	if fails, works := strings.Count(out.String(), "msg=fails"), strings.Count(out.String(), "msg=works"); fails != 1 || works != 1 {
+		t.Errorf("one fault is logged as %s", &out)
 	}
 }

@@ -93,13 +93,7 @@ func (f *eventFeed) Run(ctx context.Context) error {
 		case <-poll.C:
 		case <-f.wake:
 		}
-		err := f.catchUp(ctx)
-		switch {
-		case err != nil && ctx.Err() == nil:
-			health.fault("events", "events cannot be read, retrying", err)
-		case err == nil && health.kind != "":
-			health.mended("events can be read again")
-		}
+		health.note(ctx, f.catchUp(ctx), "events cannot be read, retrying", "events can be read again")
 		select {
 		case <-ctx.Done():
 		case <-time.After(feedPause):

@@ -68,12 +68,8 @@ func (m *monitor) Run(ctx context.Context) error {
 		work, err := m.workload(ctx, since, until)
 		if err == nil {
 			s.Workload, since = &work, until
-			if health.kind != "" {
-				health.mended("the workload can be read again")
-			}
-		} else if ctx.Err() == nil {
-			health.fault("workload", "the workload cannot be read", err)
 		}
+		health.note(ctx, err, "the workload cannot be read", "the workload can be read again")
 		before = now
 		m.keep(s)
 		select {

@@ -561,6 +561,17 @@ func (h *healthLog) fault(kind, message string, err error) {
 	h.kind = kind
 }
 
+// note logs what came of one round of work that has one kind of fault. That a round
+// failed as ctx ended says nothing.
+func (h *healthLog) note(ctx context.Context, err error, failing, mended string) {
+	switch {
+	case err != nil && ctx.Err() == nil:
+		h.fault(failing, failing, err)
+	case err == nil && h.kind != "":
+		h.mended(mended)
+	}
+}
+
 func (h *healthLog) mended(message string) {
 	h.log.Info(message)
 	h.kind = ""

@@ -71,13 +71,7 @@ func (d *deliverer) Run(ctx context.Context) error {
 			return nil
 		case <-poll.C:
 		}
-		err := d.work(ctx, &lanes)
-		switch {
-		case err != nil && ctx.Err() == nil:
-			health.fault("webhooks", "webhooks cannot be served, retrying", err)
-		case err == nil && health.kind != "":
-			health.mended("webhooks are served again")
-		}
+		health.note(ctx, d.work(ctx, &lanes), "webhooks cannot be served, retrying", "webhooks are served again")
 	}
 }
 
