@@ -75,6 +75,32 @@ func TestListsReadNoMoreThanTheyNeed(t *testing.T) {
 	wantEvenCosts(t, db, far)
 }
 
+// Filling a queue anew reads the images that are pending, and not the whole table.
+func TestRequeueAllReadsWhatIsPending(t *testing.T) {
+	t.Parallel()
+	db, err := openPostgres(t.Context(), testDatabase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := migratedStore(t, db)
+	const pending = 30
+	p := create(t, s, "https://a.example/1.jpg")
+	for _, sql := range []string{
+		fmt.Sprintf(`INSERT INTO images (product_id, user_id, position, source, host, port, status, claim, run_at, published_at, failed_at)
+			SELECT %d, 1, n, 'https://a.example/', 'a.example', 443, CASE WHEN n < %d THEN 'pending' ELSE 'failed' END,
+				CASE WHEN n < 20 THEN n %% 2 ELSE 0 END, CASE WHEN n < 20 THEN now() END, CASE WHEN n >= 20 THEN now() END, CASE WHEN n >= %[2]d THEN now() END
+			FROM generate_series(1, 20000) n`, p.ID, pending),
+		`ANALYZE images`,
+	} {
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if plan, root := explain(t, db, requeueAll, s.now()); root.readOf("images") > 2*(pending+1) { // by the scan, and the update itself
+		t.Errorf("reads %v rows, %d are pending:\n%s", root.readOf("images"), pending, plan)
+	}
+}
+
 func allSorts() []sortOrder {
 	return []sortOrder{"id", "-id", "product_price", "-product_price", "created_at", "-created_at", "product_name", "-product_name"}
 }

@@ -74,6 +74,8 @@ func scanJob(r rows) (Job, error) {
 	return j, err
 }
 
+// Both halves of the condition name a partial index, images_published and
+// images_due: as "run_at IS NULL OR claim <> 0" it would read the whole table.
 const requeueAll = `
 UPDATE images SET run_at = $1, claim = 0
 WHERE status = 'pending' AND (run_at IS NULL OR run_at IS NOT NULL AND claim <> 0)`

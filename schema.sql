@@ -69,7 +69,7 @@ CREATE TABLE images (
     status       text NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'ready', 'failed')),
     attempts     integer NOT NULL DEFAULT 0, -- failed tries since the image was queued or replayed
     lone_starts  integer NOT NULL DEFAULT 0, -- starts with nothing else in hand that had no outcome: see CountLoneStart
-    put_off      integer NOT NULL DEFAULT 0, -- times that its host was too busy: see PutOff
+    put_off      integer NOT NULL DEFAULT 0, -- times that it was put off: see PutOff
     run_at       timestamptz,
     claim        bigint NOT NULL DEFAULT 0, -- not 0: a dispatcher publishes it, and run_at is its lease
     published_at timestamptz,
