@@ -78,6 +78,7 @@ type compressedImage struct {
 	Ext           string // jpg, png, webp or gif
 	ContentType   string
 	Width, Height int
+	LostProfile   string // the kind of colour that the source's profile is for, if it does not fit the result's
 }
 
 // readImageHeader tells what data is and what it will cost, and allocates
@@ -391,10 +392,14 @@ func encodeJPEG(img image.Image, profile []byte, quality int, b *buffers) compre
 	if _, grey := img.(*image.Gray); grey {
 		want = "GRAY"
 	}
-	if profileSpace(profile) == want {
+	space := profileSpace(profile)
+	if space == want {
 		data = addJPEGProfile(data, profile)
+		space = ""
 	}
-	return newCompressed(formatJPEG, data, img.Bounds())
+	c := newCompressed(formatJPEG, data, img.Bounds())
+	c.LostProfile = space
+	return c
 }
 
 // encodePNG writes an image with alpha, with a palette where that is exact.
@@ -409,8 +414,12 @@ func encodePNG(m *image.NRGBA, profile []byte, b *buffers) (compressedImage, err
 		return compressedImage{}, fmt.Errorf("encode png: %w", err)
 	}
 	data := out.Bytes()
-	if profileSpace(profile) == "RGB " {
+	space := profileSpace(profile)
+	if space == "RGB " {
 		data = addPNGProfile(data, profile)
+		space = ""
 	}
-	return newCompressed(formatPNG, data, img.Bounds()), nil
+	c := newCompressed(formatPNG, data, img.Bounds())
+	c.LostProfile = space
+	return c, nil
 }

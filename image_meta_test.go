@@ -238,6 +238,7 @@ func TestProfileIsKeptUnlessSRGB(t *testing.T) {
 		"webp":                     {webpFile(webpProfileFlag, stillSize.Width, stillSize.Height, appendRIFF(nil, "ICCP", wide), still[webpHeaderSize:]), wide},
 		"jpeg, profile incomplete": {withJPEGSegment(big, 0xe2, jpegProfileName+"\x01\x02"+string(wide[:1000])), nil},
 	}
+	lost := map[string]string{"grey jpeg, rgb profile": "RGB ", "cmyk jpeg": "CMYK"}
 	for name, test := range tests {
 		for _, side := range []int{2048, 80} {
 			t.Run(fmt.Sprintf("%s to %d", name, side), func(t *testing.T) {
@@ -247,6 +248,9 @@ func TestProfileIsKeptUnlessSRGB(t *testing.T) {
 				// The header has no sRGB profile in it, so look for its bytes besides.
 				if err != nil || !bytes.Equal(h.Profile, test.want) {
 					t.Errorf("%s: profile of %d bytes (%q), want %d; %v", c.Ext, len(h.Profile), profileSpace(h.Profile), len(test.want), err)
+				}
+				if c.LostProfile != lost[name] {
+					t.Errorf("the lost profile is said to be for %q, want %q", c.LostProfile, lost[name])
 				}
 				named := bytes.Contains(c.Data, []byte(jpegProfileName)) || bytes.Contains(c.Data, []byte("iCCP")) || bytes.Contains(c.Data, []byte("ICCP"))
 				if named != (test.want != nil) {

@@ -288,6 +288,9 @@ func (p *pipeline) decode(_ context.Context, w *work) (err error) {
 func (p *pipeline) compress(_ context.Context, w *work) (err error) {
 	defer p.release(w)
 	w.outputs, err = compressImage(w.decoded, w.source, p.Variants, p.Quality)
+	if err == nil && w.outputs[0].LostProfile != "" {
+		w.log.Warn("the colour profile does not fit the result and is left out", "source", w.image.Source, "profile", w.outputs[0].LostProfile)
+	}
 	return err
 }
 
