@@ -272,14 +272,15 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request, replace b
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	p, err := s.store.UpdateProduct(ctx, id, originOf(w), allow(w, r), func(p *Product) {
+	var begun bool
+	p, err := s.store.UpdateProduct(ctx, id, originOf(w), noting(&begun, allow(w, r)), func(p *Product) {
 		if replace {
 			p.Description, p.Images = "", nil
 		}
 		in.apply(p)
 	})
 	if err != nil {
-		return err
+		return s.afterLostWrite(ctx, id, begun, err)
 	}
 	s.invalidate(p.ID, p.Version)
 	s.wake()
@@ -294,12 +295,45 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	if err := s.store.DeleteProduct(ctx, id, allow(w, r)); err != nil {
-		return err
+	var begun bool
+	if err := s.store.DeleteProduct(ctx, id, noting(&begun, allow(w, r))); err != nil {
+		return s.afterLostWrite(ctx, id, begun, err)
 	}
 	s.invalidate(id, tombstone)
 	w.WriteHeader(http.StatusNoContent)
 	return nil
+}
+
+// noting notes that a product is there and may be changed.
+func noting(begun *bool, may func(Product) error) func(Product) error {
+	return func(p Product) error {
+		err := may(p)
+		*begun = err == nil
+		return err
+	}
+}
+
+// lostWriteTime is how long a client whose write failed waits for that to be
+// looked into: a database that was not just cut off from us takes longer anyway.
+const lostWriteTime = time.Second
+
+// afterLostWrite tells the caches what came of a write that failed, if it had
+// begun: its commit may have got through and only the answer been lost, and nobody
+// else tells. While the database is away nothing is known; then CACHE_TTL bounds
+// how long the older version is shown. It answers the write's own error.
+func (s *server) afterLostWrite(ctx context.Context, id int64, begun bool, err error) error {
+	if !begun {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lostWriteTime)
+	defer cancel()
+	switch p, readErr := s.store.Product(ctx, id); {
+	case readErr == nil:
+		s.invalidate(id, p.Version)
+	case errors.Is(readErr, errNotFound): // it was there, and no id is used twice
+		s.invalidate(id, tombstone)
+	}
+	return err
 }
 
 // allow is the condition on which a request may change a product: that it is

@@ -662,3 +662,41 @@ func TestDeadLettersOverHTTP(t *testing.T) {
 	a.do(t, "DELETE", "/dead-letters/1", "").wantProblem(t, 404)
 	a.do(t, "POST", "/dead-letters/99/replay", "").wantProblem(t, 404)
 }
+
+// A change whose commit got through though its answer did not is told to the
+// caches all the same. One that was refused is nothing to tell of.
+func TestWritesTellOfCommitsThatTheyDidNotSee(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		db := &lossyDB{database: s.database}
+		a := newAPIOn(t, newStore(db))
+		var told []productVersion
+		a.invalidate = func(id, version int64) { told = append(told, productVersion{id, version}) }
+		path := fmt.Sprintf("/products/%d", create(t, s).ID)
+		steps := []struct {
+			method, body string
+			header       []string
+			status       int
+			told         []int64
+		}{
+			{"PATCH", `{"product_name": "Boot"}`, []string{"If-Match", `"0"`}, 412, nil},
+			{"DELETE", "", []string{"If-Match", `"0"`}, 412, nil},
+			{"PATCH", `{"product_name": "Boot"}`, nil, 503, []int64{2}},
+			{"PUT", `{"product_name": "Boots", "product_price": 1}`, nil, 503, []int64{3}},
+			{"DELETE", "", nil, 503, []int64{tombstone}},
+			{"DELETE", "", nil, 404, nil},
+		}
+		for _, step := range steps {
+			told = nil
+			db.lose.Store(step.status == 503)
+			got := a.do(t, step.method, path, step.body, step.header...)
+			var versions []int64
+			for _, v := range told {
+				versions = append(versions, v.Version)
+			}
+			if got.Code != step.status || !slices.Equal(versions, step.told) {
+				t.Errorf("%s: %d %s, told %v, want %d, %v", step.method, got.Code, got.Body, told, step.status, step.told)
+			}
+		}
+	})
+}
