@@ -133,6 +133,11 @@ func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error
 
 // sql puts the query together. Values go in as parameters, but the limit, which
 // is a number, stands in the text, where the planner sees it.
+//
+// A user's list is ordered by the user first, and the user is one of an array: so
+// PostgreSQL does not see that they are all the same and cannot read everybody's
+// products in the order of the list, which looks cheap and has no bound, but only
+// the user's own, by the index that has the user before the order.
 func (f productFilter) sql() (string, []any, error) {
 	var where []string
 	var args []any
@@ -144,7 +149,7 @@ func (f productFilter) sql() (string, []any, error) {
 		where = append(where, condition)
 	}
 	if f.UserID != nil {
-		add("user_id = ?", *f.UserID)
+		add("user_id = ANY(?)", []int64{*f.UserID})
 	}
 	if f.Name != "" {
 		add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
@@ -172,11 +177,16 @@ func (f productFilter) sql() (string, []any, error) {
 	if len(where) > 0 {
 		filter = "WHERE " + strings.Join(where, " AND ")
 	}
+	var columns []string
+	if f.UserID != nil {
+		columns = append(columns, "user_id")
+	}
+	if column != "id" {
+		columns = append(columns, column)
+	}
+	columns = append(columns, "id")
 	order := func(table string) string {
-		if column == "id" {
-			return table + "id " + direction
-		}
-		return table + column + " " + direction + ", " + table + "id " + direction
+		return table + strings.Join(columns, " "+direction+", "+table) + " " + direction
 	}
 	return fmt.Sprintf(`
 SELECT %s

@@ -43,6 +43,9 @@ func openPostgres(ctx context.Context, url string) (*postgres, error) {
 	// A transaction of ours holds no lock while it waits for anything but
 	// PostgreSQL, so one that stays open is one whose client has died.
 	setDefault(config.ConnConfig.RuntimeParams, "idle_in_transaction_session_timeout", "30s")
+	// Where the first column of an order has one value, as in a user's list, the
+	// planner takes sorting by the others for cheap: it expects many small groups.
+	setDefault(config.ConnConfig.RuntimeParams, "enable_incremental_sort", "off")
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, err
