@@ -165,10 +165,11 @@ func scanProducts(r rows, err error) ([]Product, error) {
 	}
 	defer r.Close()
 	var products []Product
+	var p Product
+	var i Image
+	targets := scanTargets(&p, &i) // each row sets all of them anew
 	for r.Next() {
-		var p Product
-		var i Image
-		if err := r.Scan(scanTargets(&p, &i)...); err != nil {
+		if err := r.Scan(targets...); err != nil {
 			return nil, err
 		}
 		if n := len(products); n == 0 || products[n-1].ID != p.ID {
