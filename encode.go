@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"strconv"
 	"time"
 )
 
@@ -48,8 +49,10 @@ type errorJSON struct {
 // jsonTime is written in UTC with milliseconds (RFC 3339).
 type jsonTime time.Time
 
-func (t jsonTime) MarshalJSON() ([]byte, error) {
-	return time.Time(t).UTC().AppendFormat(nil, `"2006-01-02T15:04:05.000Z"`), nil
+func (t jsonTime) MarshalJSON() ([]byte, error) { return t.append(nil), nil }
+
+func (t jsonTime) append(to []byte) []byte {
+	return time.Time(t).UTC().AppendFormat(to, `"2006-01-02T15:04:05.000Z"`)
 }
 
 // encoder makes what clients read of what the store holds.
@@ -59,7 +62,8 @@ type encoder struct {
 
 // product encodes one product.
 func (e encoder) product(p Product) document {
-	return document{ID: p.ID, Version: p.Version, Body: encodeJSON(e.productJSON(p))}
+	var room [2048]byte // for most; append takes more for the others
+	return document{ID: p.ID, Version: p.Version, Body: bytes.Clone(appendProduct(room[:0], e.productJSON(p)))}
 }
 
 func (e encoder) productJSON(p Product) productJSON {
@@ -98,6 +102,98 @@ func imageErrorJSON(i Image) *errorJSON {
 		return nil
 	}
 	return &errorJSON{Code: i.ErrorCode, Detail: i.ErrorDetail}
+}
+
+// appendProduct is encodeJSON of a product without reflection, in half the time:
+// that was a tenth of what a read costs which no cache answers. A test holds the
+// two to the same bytes.
+func appendProduct(to []byte, p productJSON) []byte {
+	to = appendNumber(to, `{"id":`, p.ID)
+	to = appendNumber(to, `,"user_id":`, p.UserID)
+	to = appendText(to, `,"product_name":`, p.Name)
+	to = appendText(to, `,"product_description":`, p.Description)
+	to = p.Price.append(append(to, `,"product_price":`...))
+	to = appendArray(to, `,"product_images":`, p.Sources, appendString)
+	to = appendArray(to, `,"compressed_product_images":`, p.CompressedImages, appendURL)
+	to = appendArray(to, `,"images":`, p.Images, appendImage)
+	to = appendNumber(to, `,"version":`, p.Version)
+	to = p.CreatedAt.append(append(to, `,"created_at":`...))
+	to = p.UpdatedAt.append(append(to, `,"updated_at":`...))
+	return append(to, "}\n"...)
+}
+
+func appendImage(to []byte, i imageJSON) []byte {
+	to = appendText(to, `{"source":`, i.Source)
+	to = appendText(to, `,"status":`, string(i.Status))
+	if i.URL != nil {
+		to = appendText(to, `,"url":`, *i.URL)
+	}
+	to = appendNumberIfAny(to, `,"width":`, int64(i.Width))
+	to = appendNumberIfAny(to, `,"height":`, int64(i.Height))
+	to = appendNumberIfAny(to, `,"bytes":`, i.Bytes)
+	to = appendNumberIfAny(to, `,"source_bytes":`, i.SourceBytes)
+	if len(i.Variants) > 0 {
+		to = appendArray(to, `,"variants":`, i.Variants, appendVariant)
+	}
+	to = appendNumberIfAny(to, `,"attempts":`, int64(i.Attempts))
+	if i.Error != nil {
+		to = appendText(to, `,"error":{"code":`, i.Error.Code)
+		to = appendText(to, `,"detail":`, i.Error.Detail)
+		to = append(to, '}')
+	}
+	return append(to, '}')
+}
+
+func appendVariant(to []byte, v variantJSON) []byte {
+	to = appendNumber(to, `{"width":`, int64(v.Width))
+	to = appendText(to, `,"url":`, v.URL)
+	to = appendNumber(to, `,"bytes":`, v.Bytes)
+	return append(to, '}')
+}
+
+func appendNumber(to []byte, name string, n int64) []byte {
+	return strconv.AppendInt(append(to, name...), n, 10)
+}
+
+func appendNumberIfAny(to []byte, name string, n int64) []byte {
+	if n == 0 {
+		return to
+	}
+	return appendNumber(to, name, n)
+}
+
+func appendArray[T any](to []byte, name string, all []T, appendOne func([]byte, T) []byte) []byte {
+	to = append(append(to, name...), '[')
+	for n, one := range all {
+		if n > 0 {
+			to = append(to, ',')
+		}
+		to = appendOne(to, one)
+	}
+	return append(to, ']')
+}
+
+func appendURL(to []byte, url *string) []byte {
+	if url == nil {
+		return append(to, "null"...)
+	}
+	return appendString(to, *url)
+}
+
+func appendText(to []byte, name, text string) []byte {
+	return appendString(append(to, name...), text)
+}
+
+// appendString leaves a text that has anything to escape to encoding/json.
+func appendString(to []byte, text string) []byte {
+	for n := range len(text) {
+		if c := text[n]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			return append(to, bytes.TrimSpace(encodeJSON(text))...)
+		}
+	}
+	to = append(to, '"')
+	to = append(to, text...)
+	return append(to, '"')
 }
 
 // deadLetterJSON is a dead letter on the wire.

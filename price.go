@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"strconv"
 	"strings"
 )
@@ -103,6 +102,11 @@ func (p *Price) UnmarshalJSON(data []byte) error {
 }
 
 // MarshalJSON writes a JSON number with two decimals.
-func (p Price) MarshalJSON() ([]byte, error) { return []byte(p.String()), nil }
+func (p Price) MarshalJSON() ([]byte, error) { return p.append(nil), nil }
 
-func (p Price) String() string { return fmt.Sprintf("%d.%02d", p/100, p%100) }
+func (p Price) String() string { return string(p.append(nil)) }
+
+func (p Price) append(to []byte) []byte {
+	to = append(strconv.AppendInt(to, int64(p/100), 10), '.')
+	return append(to, byte('0'+p/10%10), byte('0'+p%10))
+}
