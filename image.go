@@ -310,6 +310,7 @@ func compressImage(d *decodedImage, source []byte, widths []int, quality int) (a
 		return all, nil
 	}
 	if kept, ok := keepSource(d.header, source); ok && len(kept.Data) <= len(all[0].Data) {
+		kept.Data = bytes.Clone(kept.Data) // its capacity is the source's length
 		all[0] = kept
 	}
 	return all, nil

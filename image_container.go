@@ -51,7 +51,7 @@ func jpegSegments(data []byte) iter.Seq[segment] {
 			if at+1 >= len(data) {
 				return
 			}
-			if next := data[at+1]; next == 0 || next == 0xff { // stuffing, fill
+			if next := data[at+1]; next == 0 || next == 0xff || isRestart(next) { // stuffing, fill, a restart of nothing
 				at++
 				continue
 			}
@@ -67,7 +67,7 @@ func jpegSegments(data []byte) iter.Seq[segment] {
 // jpegSegmentAt reads the segment whose marker data begins with.
 func jpegSegmentAt(data []byte) (segment, bool) {
 	kind := string(data[1:2])
-	if kind == jpegSOI || kind == jpegEOI || isRestart(data[1]) {
+	if kind == jpegSOI || kind == jpegEOI {
 		return segment{kind: kind, raw: data[:2]}, true
 	}
 	if len(data) < 4 {

@@ -42,7 +42,7 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 	if frame.components == nil {
 		return h, permanent("corrupt_image", "jpeg without a frame header")
 	}
-	frame.rgb = !jfif && (frame.rgb || frame.named("RGB"))
+	frame.rgb = len(frame.components) == 3 && !jfif && (frame.rgb || frame.named("RGB"))
 	if err := frame.checkScans(data); err != nil {
 		return h, err
 	}
@@ -62,7 +62,7 @@ func isJPEGFrame(kind string) bool {
 type jpegFrame struct {
 	width, height int
 	progressive   bool
-	whole         bool // there is more than one scan
+	whole         bool // the first scan does not have everything
 	rgb           bool // stored as RGB
 	components    []jpegSampling
 }
@@ -118,7 +118,7 @@ func (f *jpegFrame) mcuColumns() int { return ceilDiv(f.width, 8*f.components[0]
 func (f *jpegFrame) mcuRows() int    { return ceilDiv(f.height, 8*f.components[0].v) }
 
 // bandRows is how many rows of MCUs are read before they are resized: 64 rows of
-// pixels, or 96.
+// pixels, or 72.
 func (f *jpegFrame) bandRows() int { return min(f.mcuRows(), ceilDiv(8, f.components[0].v)) }
 
 // streams reports whether decodeJPEG decodes the image, else image/jpeg does.

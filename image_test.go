@@ -235,6 +235,19 @@ func TestHiddenColourIsCleared(t *testing.T) {
 	}
 }
 
+// What is kept of a source holds no more memory than it is long.
+func TestKeptSourceHoldsNothingElse(t *testing.T) {
+	t.Parallel()
+	data := encodeJPEGPlanes(photo(200, 100), 30, nil)
+	c, err := compressBytes(append(bytes.Clone(data), make([]byte, 1<<20)...), 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Data) != len(data) || cap(c.Data) > 2*len(data) {
+		t.Errorf("%d bytes of %d are kept, and %d held", len(c.Data), len(data), cap(c.Data))
+	}
+}
+
 func TestCMYKIsNeverKept(t *testing.T) {
 	t.Parallel()
 	data := goTestdata(t, "testdata/video-001.cmyk.jpeg")

@@ -8,13 +8,14 @@ import (
 )
 
 // The JPEG decoder. It differs from image/jpeg in what it holds: what is read is
-// resized band by band, so of a sequential image never more than two bands are
-// there, and of a progressive one its coefficients, of two bytes each. While the
+// resized band by band, so of an image in one scan never more than two bands are
+// there, and of any other its coefficients, of two bytes each. While the
 // components of a band are transformed and resized, the next band is already being read.
 // RGB and CMYK, which are rare, are left to image/jpeg.
 
 // What is wrong with a JPEG's segments.
 var (
+	errJPEGFrames     = errors.New("more than one frame header")
 	errJPEGSampling   = errors.New("unknown sampling factors")
 	errJPEGScanHeader = errors.New("scan header that cannot be read")
 	errJPEGTable      = errors.New("table that cannot be read, or none")
@@ -28,7 +29,11 @@ func decodeJPEG(data []byte, header imageHeader, w, h int, tools imageTools) (im
 	if err != nil {
 		return nil, err
 	}
+	scanned := false
 	for s := range jpegSegments(data) {
+		if scanned && isJPEGFrame(s.kind) {
+			return nil, errJPEGFrames
+		}
 		switch s.kind {
 		case jpegDQT:
 			err = d.readQuantisers(s.body)
@@ -38,6 +43,7 @@ func decodeJPEG(data []byte, header imageHeader, w, h int, tools imageTools) (im
 			err = d.readInterval(s.body)
 		case jpegSOS:
 			err = d.readScan(s)
+			scanned = true
 		case jpegEOI:
 			return out, d.finish()
 		}
@@ -51,14 +57,14 @@ func decodeJPEG(data []byte, header imageHeader, w, h int, tools imageTools) (im
 // jpegDecoder is a JPEG on its way.
 type jpegDecoder struct {
 	imageTools
-	progressive  bool
-	planes       []*jpegPlane
-	mcuRows      int
-	bandRows     int       // rows of MCUs in a band
-	whole        *jpegBand // where scans leave their coefficients for each other; nil if there is but one
-	dequantisers [4]*dequantiser
-	huffman      [2][4]huffmanLookup // DC and AC
-	interval     int                 // MCUs between restart markers, zero if there are none
+	progressive bool
+	planes      []*jpegPlane
+	mcuRows     int
+	bandRows    int                 // rows of MCUs in a band
+	whole       *jpegBand           // where scans leave their coefficients for each other; nil if there is but one
+	steps       [4]*[64]uint16      // of quantisation, in zigzag order
+	huffman     [2][4]huffmanLookup // DC and AC
+	interval    int                 // MCUs between restart markers, zero if there are none
 }
 
 // jpegPlane is a component as it is decoded.
@@ -136,7 +142,7 @@ func (d *jpegDecoder) readQuantisers(body []byte) error {
 				steps[k] = uint16(body[k])
 			}
 		}
-		d.dequantisers[id] = newDequantiser(&steps)
+		d.steps[id] = &steps
 		body = body[size:]
 	}
 	return nil
@@ -210,6 +216,13 @@ func (d *jpegDecoder) newScan(s segment) (*jpegScanReader, error) {
 			return nil, err
 		}
 	}
+	blocks := 0
+	for _, part := range scan.parts {
+		blocks += part.plane.h * part.plane.v
+	}
+	if n > 1 && blocks > 10 { // T.81, B.2.3
+		return nil, errJPEGSampling
+	}
 	return scan, nil
 }
 
@@ -225,14 +238,14 @@ func (d *jpegDecoder) addPart(scan *jpegScanReader, id, tables byte, refines boo
 				return errJPEGScanHeader
 			}
 		}
-		if p.steps == nil {
-			p.steps = d.dequantisers[p.table]
+		if steps := d.steps[p.table]; p.steps == nil && steps != nil {
+			p.steps = newDequantiser(steps)
 		}
 		if tables>>4 > 3 || tables&15 > 3 {
 			return errJPEGScanHeader
 		}
-		part.dc, part.ac = &d.huffman[0][tables>>4], &d.huffman[1][tables&15]
-		if p.steps == nil || !part.dc.known && scan.first == 0 && !refines || !part.ac.known && scan.last > 0 {
+		part.dc, part.ac = d.huffman[0][tables>>4].lookup(), d.huffman[1][tables&15].lookup()
+		if p.steps == nil || part.dc == nil && scan.first == 0 && !refines || part.ac == nil && scan.last > 0 {
 			return errJPEGTable
 		}
 		scan.parts = append(scan.parts, part)

@@ -103,9 +103,11 @@ func extend(v, size int) int {
 // have their value's bits within.
 const lookupBits = 10
 
-// huffmanLookup reads a Huffman code (T.81, annex C).
+// huffmanLookup reads a Huffman code (T.81, annex C). It is made when a scan needs
+// it: a file may define any number of tables.
 type huffmanLookup struct {
-	known   bool
+	counts  []uint8 // of each length, how many codes there are; nil if there is no table
+	made    bool
 	entries [1 << lookupBits]lookupEntry // by the bits to come
 	limits  [18]int                      // codes of a length are below its limit, filled up to 16 bits
 	offsets [17]int                      // from a code to the index of its symbol
@@ -135,13 +137,33 @@ func (t *huffmanLookup) define(data []byte) (size int) {
 	if total == 0 || total > 256 || len(data) < 16+total {
 		return 0
 	}
-	*t = huffmanLookup{known: true, symbols: data[16 : 16+total]}
-	code, index := 0, 0
+	code := 0
 	for i, n := range counts {
-		length := i + 1
-		if code+int(n) > 1<<length {
+		if code = code<<1 + int(n); code > 2<<i {
 			return 0 // more codes than there can be
 		}
+	}
+	t.counts, t.symbols, t.made = counts, data[16:16+total], false
+	return 16 + total
+}
+
+// lookup answers the table, ready to read with, or nil if it is not defined.
+func (t *huffmanLookup) lookup() *huffmanLookup {
+	if t.counts == nil {
+		return nil
+	}
+	if !t.made {
+		t.fill()
+		t.made = true
+	}
+	return t
+}
+
+func (t *huffmanLookup) fill() {
+	clear(t.entries[:])
+	code, index := 0, 0
+	for i, n := range t.counts {
+		length := i + 1
 		t.offsets[length] = index - code
 		for range int(n) {
 			t.enter(code, length, t.symbols[index])
@@ -152,7 +174,6 @@ func (t *huffmanLookup) define(data []byte) (size int) {
 		code <<= 1
 	}
 	t.limits[17] = 1 << 16
-	return 16 + total
 }
 
 // enter writes the entries that begin with a code.
@@ -307,6 +328,7 @@ func (s *jpegScanReader) begin() error {
 		if err := s.restart((s.done/s.interval - 1) & 7); err != nil {
 			return err
 		}
+		s.emptyBlocks = 0
 		for i := range s.parts {
 			s.parts[i].previous = 0
 		}
@@ -334,7 +356,7 @@ func (s *jpegScanReader) readDifference(p *scanPart) error {
 }
 
 // sequential decodes a whole block (T.81, F.2.2). Where coefficients are said to
-// follow the last one, they are left out, as other decoders do.
+// follow the last one, they are left out, as libjpeg does.
 func (s *jpegScanReader) sequential(p *scanPart, b *jpegBlock, end *uint8) error {
 	if err := s.readDifference(p); err != nil {
 		return err
@@ -369,8 +391,9 @@ func (s *jpegScanReader) sequential(p *scanPart, b *jpegBlock, end *uint8) error
 			bits, count = s.bits, s.count
 			break
 		}
+		value := s.readValue(size)
 		if k += run; size > 0 && k < 64 {
-			b[zigzag[k]&63] = int16(s.readValue(size))
+			b[zigzag[k]&63] = int16(value)
 			last = k
 		}
 		bits, count = s.bits, s.count
@@ -419,8 +442,9 @@ func (s *jpegScanReader) firstAC(p *scanPart, b *jpegBlock, end *uint8) error {
 			s.emptyBlocks = 1<<run + s.read(run) - 1
 			return nil
 		}
+		value := s.readValue(size)
 		if k += run; size > 0 && k <= s.last {
-			b[zigzag[k]&63] = int16(s.readValue(size) << s.low)
+			b[zigzag[k]&63] = int16(value << s.low)
 			*end = max(*end, uint8(k+1))
 		}
 	}

@@ -288,8 +288,10 @@ func (p *pipeline) decode(_ context.Context, w *work) (err error) {
 func (p *pipeline) compress(_ context.Context, w *work) (err error) {
 	defer p.release(w)
 	w.outputs, err = compressImage(w.decoded, w.source, p.Variants, p.Quality)
-	if err == nil && w.outputs[0].LostProfile != "" {
-		w.log.Warn("the colour profile does not fit the result and is left out", "source", w.image.Source, "profile", w.outputs[0].LostProfile)
+	for _, out := range w.outputs {
+		if out.LostProfile != "" {
+			w.log.Warn("the colour profile does not fit the result and is left out", "source", w.image.Source, "width", out.Width, "profile", out.LostProfile)
+		}
 	}
 	return err
 }
@@ -302,10 +304,11 @@ func (p *pipeline) release(w *work) {
 }
 
 // dropSource gives the source's memory back, of which later stages have no need.
+// The header may have a profile that lies in it.
 func (p *pipeline) dropSource(w *work) {
 	if w.source != nil {
 		p.sources.Release(w.source)
-		w.source = nil
+		w.source, w.header = nil, imageHeader{}
 	}
 }
 

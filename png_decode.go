@@ -94,7 +94,16 @@ func (h *pngHeader) cost(transparent bool) (decode int64, output float64) {
 }
 
 // decodePNG decodes a PNG, resizes it to w × h stored pixels and turns it upright.
-func decodePNG(data []byte, header imageHeader, w, h int, tools imageTools) (image.Image, error) {
+func decodePNG(data []byte, header imageHeader, w, h int, tools imageTools) (out image.Image, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			bad, ok := r.(pngRowError)
+			if !ok {
+				panic(r)
+			}
+			out, err = nil, bad.error
+		}
+	}()
 	p, err := newPNGRows(data, header.png)
 	if err != nil {
 		return nil, err
@@ -104,7 +113,6 @@ func decodePNG(data []byte, header imageHeader, w, h int, tools imageTools) (ima
 		read = p.merge()
 	}
 	d := &storedImage{imageTools: tools, header: header}
-	var out image.Image
 	if p.isGrey() {
 		out = d.renderGrey(w, h, read)
 	} else {
@@ -130,7 +138,6 @@ type pngRows struct {
 	samples, rgba  []byte // the row in 8-bit samples, and as RGBA
 	out            []byte // what read answers
 	next, end      int    // rows of the image, or of a pass
-	err            error  // what ended the rows
 }
 
 func newPNGRows(data []byte, h *pngHeader) (*pngRows, error) {
@@ -271,14 +278,16 @@ func (p *pngRows) begin(width, height int) {
 	p.out = p.convert(p.above[1:])
 }
 
-// read answers row y; it only goes forward. An error is finish's to tell: from there
-// on the answer is the last row that was good. The row is the caller's until the
-// next one is read.
+// pngRowError is what read panics with, and decodePNG recovers: nobody between them
+// could go on, and resizing what is left would cost as much as a good image.
+type pngRowError struct{ error }
+
+// read answers row y; it only goes forward, and panics with a pngRowError. The row
+// is the caller's until the next one is read.
 func (p *pngRows) read(y int) []byte {
-	for ; p.next <= y && p.err == nil; p.next++ {
+	for ; p.next <= y; p.next++ {
 		if err := p.unpack(); err != nil {
-			p.err = fmt.Errorf("row %d: %w", p.next, err)
-			break
+			panic(pngRowError{fmt.Errorf("row %d: %w", p.next, err)})
 		}
 		p.out = p.convert(p.current[1:])
 		p.current, p.above = p.above, p.current
@@ -298,9 +307,6 @@ func (p *pngRows) unpack() error {
 // wrong anywhere.
 func (p *pngRows) finish() error {
 	p.read(p.end - 1)
-	if p.err != nil {
-		return p.err
-	}
 	_, err := io.ReadFull(p.stream, p.current[:1])
 	switch {
 	case err == nil || err == io.EOF && len(p.idat.body) > 0:
