@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 // decodeBoth decodes a JPEG to fit in side × side by decodeJPEG, and another by
@@ -179,16 +178,22 @@ func TestJPEGsThatOthersRefuse(t *testing.T) {
 }
 
 // A file may define any number of tables; only those that a scan uses cost anything.
-func TestManyTablesAreReadQuickly(t *testing.T) {
+func TestTablesAreMadeWhenTheyAreNeeded(t *testing.T) {
 	t.Parallel()
-	huffman := withJPEGSegment([]byte("\xff\xd8"), 0xc4, strings.Repeat("\x10\x01"+strings.Repeat("\x00", 16), 3600))[2:]
-	quantisers := withJPEGSegment([]byte("\xff\xd8"), 0xdb, strings.Repeat("\x03"+strings.Repeat("\x01", 64), 1000))[2:]
-	data := cjpeg(t, photo(149, 83))
-	file := slices.Concat(data[:2], bytes.Repeat(slices.Concat(huffman, quantisers), 300), data[2:])
-	began := time.Now()
-	alike(t, file, data, 200)
-	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("%d tables took %v", 300*4600, took)
+	var table huffmanLookup
+	if size := table.define([]byte("\x01" + strings.Repeat("\x00", 15) + "\x05")); size != 17 {
+		t.Fatalf("a table of %d bytes, want 17", size)
+	}
+	var none [1 << lookupBits]lookupEntry
+	if table.entries != none {
+		t.Error("made when it was defined")
+	}
+	if table.lookup().entries[0].symbol() != 5 {
+		t.Error("not made when it is needed")
+	}
+	table.define([]byte("\x01" + strings.Repeat("\x00", 15) + "\x06"))
+	if table.lookup().entries[0].symbol() != 6 {
+		t.Error("not made anew")
 	}
 }
 
