@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"image"
 	"image/color"
 	"math"
@@ -214,16 +215,7 @@ func rowConverter(img image.Image) func(dst []byte, y int) {
 			}
 		}
 	}
-	return func(dst []byte, y int) { anyRow(dst, img, y) }
-}
-
-// anyRow converts what no decoder is known to return.
-func anyRow(dst []byte, img image.Image, y int) {
-	b := img.Bounds()
-	for x := range len(dst) / 4 {
-		c := color.NRGBAModel.Convert(img.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
-		dst[4*x], dst[4*x+1], dst[4*x+2], dst[4*x+3] = c.R, c.G, c.B, c.A
-	}
+	panic(fmt.Sprintf("no decoder answers %T", img))
 }
 
 func palettedRows(m *image.Paletted) func(dst []byte, y int) {
