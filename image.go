@@ -393,12 +393,16 @@ func encodeJPEG(img image.Image, profile []byte, quality int, b *buffers) compre
 	if _, grey := img.(*image.Gray); grey {
 		want = "GRAY"
 	}
+	return newEncoded(formatJPEG, data, img.Bounds(), profile, want, addJPEGProfile)
+}
+
+// newEncoded adds the profile to an encoded image if it is for that kind of colour.
+func newEncoded(format string, data []byte, bounds image.Rectangle, profile []byte, colour string, add func(data, profile []byte) []byte) compressedImage {
 	space := profileSpace(profile)
-	if space == want {
-		data = addJPEGProfile(data, profile)
-		space = ""
+	if space == colour {
+		return newCompressed(format, add(data, profile), bounds)
 	}
-	c := newCompressed(formatJPEG, data, img.Bounds())
+	c := newCompressed(format, data, bounds)
 	c.LostProfile = space
 	return c
 }
@@ -414,13 +418,5 @@ func encodePNG(m *image.NRGBA, profile []byte, b *buffers) (compressedImage, err
 	if err := encoder.Encode(&out, img); err != nil {
 		return compressedImage{}, fmt.Errorf("encode png: %w", err)
 	}
-	data := out.Bytes()
-	space := profileSpace(profile)
-	if space == "RGB " {
-		data = addPNGProfile(data, profile)
-		space = ""
-	}
-	c := newCompressed(formatPNG, data, img.Bounds())
-	c.LostProfile = space
-	return c, nil
+	return newEncoded(formatPNG, out.Bytes(), img.Bounds(), profile, "RGB ", addPNGProfile), nil
 }

@@ -82,10 +82,8 @@ func (d *storedImage) render(w, h int) image.Image {
 }
 
 func (d *storedImage) renderGrey(w, h int, read func(y int) []byte) image.Image {
-	src, o := d.header, d.header.Orientation
-	out := d.buffers.grey(uprightRect(w, h, o))
-	g := newGrid(out.Pix, out.Stride, 1, w, h, o)
-	resample(read, 1, lumaAxis(src.Width, w), lumaAxis(src.Height, h), g.put)
+	out := d.buffers.grey(uprightRect(w, h, d.header.Orientation))
+	lumaResampler(out.Pix, out.Stride, d.header, w, h).feed(read, d.header.Height)
 	return out
 }
 
@@ -96,23 +94,33 @@ func uprightRect(w, h int, o orientation) image.Rectangle {
 
 // renderYCbCr resizes each plane as it is, without a detour by RGB.
 func (d *storedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
-	o := d.header.Orientation
-	out := d.buffers.yCbCr(uprightRect(w, h, o))
-	var parts []func()
-	plane := func(dst, src []byte, dstStride, srcStride int, horizontal, vertical axis) {
-		g := newGrid(dst, dstStride, 1, len(horizontal.taps), len(vertical.taps), o)
-		read := func(y int) []byte { return src[y*srcStride:] }
-		parts = append(parts, func() { resample(read, 1, horizontal, vertical, g.put) })
-	}
-	srcW, srcH := d.header.Width, d.header.Height
-	plane(out.Y, m.Y, out.YStride, m.YStride, lumaAxis(srcW, w), lumaAxis(srcH, h))
+	out := d.buffers.yCbCr(uprightRect(w, h, d.header.Orientation))
 	subX, subY := subsampling(m.SubsampleRatio)
-	horizontal := chromaAxis(srcW, w, subX, o.mirrorsX())
-	vertical := chromaAxis(srcH, h, subY, o.mirrorsY())
-	plane(out.Cb, m.Cb, out.CStride, m.CStride, horizontal, vertical)
-	plane(out.Cr, m.Cr, out.CStride, m.CStride, horizontal, vertical)
-	d.run(parts)
+	plane := func(r *resampler, src []byte, stride int) func() {
+		return func() { r.feed(func(y int) []byte { return src[y*stride:] }, r.vertical.source) }
+	}
+	d.run([]func(){
+		plane(lumaResampler(out.Y, out.YStride, d.header, w, h), m.Y, m.YStride),
+		plane(chromaResampler(out.Cb, out.CStride, d.header, w, h, subX, subY), m.Cb, m.CStride),
+		plane(chromaResampler(out.Cr, out.CStride, d.header, w, h, subX, subY), m.Cr, m.CStride),
+	})
 	return out
+}
+
+// lumaResampler resizes a plane of src's size to w × h stored samples in pix.
+func lumaResampler(pix []byte, stride int, src imageHeader, w, h int) *resampler {
+	g := newGrid(pix, stride, 1, w, h, src.Orientation)
+	return newResampler(1, lumaAxis(src.Width, w), lumaAxis(src.Height, h), g.put)
+}
+
+// chromaResampler resizes a plane whose samples cover subX × subY pixels of src each
+// to one of 4:2:0 for w × h stored pixels.
+func chromaResampler(pix []byte, stride int, src imageHeader, w, h, subX, subY int) *resampler {
+	o := src.Orientation
+	horizontal := chromaAxis(src.Width, w, subX, o.mirrorsX())
+	vertical := chromaAxis(src.Height, h, subY, o.mirrorsY())
+	g := newGrid(pix, stride, 1, len(horizontal.taps), len(vertical.taps), o)
+	return newResampler(1, horizontal, vertical, g.put)
 }
 
 // subsampling is how many pixels one chroma sample covers in each direction.

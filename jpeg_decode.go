@@ -57,14 +57,12 @@ func decodeJPEG(data []byte, header imageHeader, w, h int, tools imageTools) (im
 // jpegDecoder is a JPEG on its way.
 type jpegDecoder struct {
 	imageTools
-	progressive bool
-	planes      []*jpegPlane
-	mcuRows     int
-	bandRows    int                 // rows of MCUs in a band
-	whole       *jpegBand           // where scans leave their coefficients for each other; nil if there is but one
-	steps       [4]*[64]uint16      // of quantisation, in zigzag order
-	huffman     [2][4]huffmanLookup // DC and AC
-	interval    int                 // MCUs between restart markers, zero if there are none
+	frame    *jpegFrame
+	planes   []*jpegPlane
+	whole    *jpegBand           // where scans leave their coefficients for each other; nil if there is but one
+	steps    [4]*[64]uint16      // of quantisation, in zigzag order
+	huffman  [2][4]huffmanLookup // DC and AC
+	interval int                 // MCUs between restart markers, zero if there are none
 }
 
 // jpegPlane is a component as it is decoded.
@@ -82,7 +80,7 @@ type jpegPlane struct {
 // newJPEGDecoder also answers the image that it will fill.
 func newJPEGDecoder(header imageHeader, w, h int, tools imageTools) (*jpegDecoder, image.Image, error) {
 	f := header.jpeg
-	d := &jpegDecoder{imageTools: tools, progressive: f.progressive, mcuRows: f.mcuRows(), bandRows: f.bandRows()}
+	d := &jpegDecoder{imageTools: tools, frame: f}
 	for _, s := range f.components {
 		if f.components[0].h%s.h != 0 || f.components[0].v%s.v != 0 {
 			return nil, nil, errJPEGSampling
@@ -90,7 +88,7 @@ func newJPEGDecoder(header imageHeader, w, h int, tools imageTools) (*jpegDecode
 		d.planes = append(d.planes, newJPEGPlane(f, s))
 	}
 	if f.whole {
-		d.whole = d.newBand(d.mcuRows)
+		d.whole = d.newBand(f.mcuRows())
 	}
 	return d, d.resizeTo(header, w, h), nil
 }
@@ -107,20 +105,17 @@ func newJPEGPlane(f *jpegFrame, s jpegSampling) *jpegPlane {
 // resizeTo gives each plane its resampler, into the image that it answers.
 func (d *jpegDecoder) resizeTo(header imageHeader, w, h int) image.Image {
 	o := header.Orientation
-	across, down := lumaAxis(header.Width, w), lumaAxis(header.Height, h)
+	luma := d.planes[0]
 	if len(d.planes) == 1 {
 		out := d.buffers.grey(uprightRect(w, h, o))
-		d.planes[0].resampler = newResampler(1, across, down, newGrid(out.Pix, out.Stride, 1, w, h, o).put)
+		luma.resampler = lumaResampler(out.Pix, out.Stride, header, w, h)
 		return out
 	}
 	out := d.buffers.yCbCr(uprightRect(w, h, o))
-	luma := d.planes[0]
-	luma.resampler = newResampler(1, across, down, newGrid(out.Y, out.YStride, 1, w, h, o).put)
+	luma.resampler = lumaResampler(out.Y, out.YStride, header, w, h)
 	for i, pix := range [][]byte{out.Cb, out.Cr} {
 		p := d.planes[1+i]
-		across := chromaAxis(header.Width, w, luma.h/p.h, o.mirrorsX())
-		down := chromaAxis(header.Height, h, luma.v/p.v, o.mirrorsY())
-		p.resampler = newResampler(1, across, down, newGrid(pix, out.CStride, 1, len(across.taps), len(down.taps), o).put)
+		p.resampler = chromaResampler(pix, out.CStride, header, w, h, luma.h/p.h, luma.v/p.v)
 	}
 	return out
 }
@@ -182,17 +177,11 @@ func (d *jpegDecoder) readScan(s segment) error {
 	if d.whole == nil {
 		return d.stream(scan)
 	}
-	rows := d.mcuRows
+	rows := d.frame.mcuRows()
 	if len(scan.parts) == 1 {
 		rows = scan.parts[0].plane.blocksHigh
 	}
-	scan.into(d.whole)
-	for row := range rows {
-		if err := scan.readRow(row); err != nil {
-			return err
-		}
-	}
-	return nil
+	return scan.readRows(d.whole, rows)
 }
 
 func (d *jpegDecoder) newScan(s segment) (*jpegScanReader, error) {
@@ -203,14 +192,14 @@ func (d *jpegDecoder) newScan(s segment) (*jpegScanReader, error) {
 	scan := &jpegScanReader{last: 63, interval: d.interval}
 	scan.data = s.raw[4+len(s.body):]
 	refines := false
-	if rest := s.body[1+2*n:]; d.progressive {
+	if rest := s.body[1+2*n:]; d.frame.progressive {
 		scan.first, scan.last, scan.low = int(rest[0]), int(rest[1]), int(rest[2]&15)
 		refines = rest[2]>>4 != 0
 		if scan.last > 63 || scan.first > scan.last || (scan.first == 0) != (scan.last == 0) || scan.first > 0 && n > 1 || scan.low > 13 {
 			return nil, errJPEGScanHeader
 		}
 	}
-	scan.block = scan.decoder(d.progressive, refines)
+	scan.block = scan.decoder(d.frame.progressive, refines)
 	for i := range n {
 		if err := d.addPart(scan, s.body[1+2*i], s.body[2+2*i], refines); err != nil {
 			return nil, err
@@ -260,12 +249,13 @@ func (d *jpegDecoder) stream(scan *jpegScanReader) (err error) {
 	if d.planes[0].resampler.next > 0 {
 		return nil // another scan of the same
 	}
-	current, coming := d.newBand(d.bandRows), d.newBand(d.bandRows)
-	read := func() { err = scan.readBand(coming, d.mcuRows) }
+	rows, bandRows := d.frame.mcuRows(), d.frame.bandRows()
+	current, coming := d.newBand(bandRows), d.newBand(bandRows)
+	read := func() { err = scan.readRows(coming, min(bandRows, rows-coming.first)) }
 	read()
-	for err == nil && coming.first < d.mcuRows {
+	for err == nil && coming.first < rows {
 		current, coming = coming, current
-		coming.first = current.first + current.rows
+		coming.first = current.first + bandRows
 		d.run(append([]func(){read}, d.resizing(current)...))
 	}
 	return err
@@ -294,8 +284,8 @@ func (d *jpegDecoder) finish() error {
 
 // jpegBand is the coefficients of some rows of MCUs.
 type jpegBand struct {
-	first, rows int // of MCUs
-	planes      []blockRows
+	first  int // row of MCUs
+	planes []blockRows
 }
 
 // blockRows are a component's blocks in a band, in rows of whole MCUs.
@@ -305,7 +295,7 @@ type blockRows struct {
 }
 
 func (d *jpegDecoder) newBand(rows int) *jpegBand {
-	b := &jpegBand{rows: rows}
+	b := new(jpegBand)
 	for _, p := range d.planes {
 		n := rows * p.v * p.columns
 		b.planes = append(b.planes, blockRows{make([]jpegBlock, n), make([]uint8, n)})

@@ -257,17 +257,12 @@ func (s *jpegScanReader) decoder(progressive, refines bool) func(*scanPart, *jpe
 	return s.firstAC
 }
 
-// into has the blocks go into a band.
-func (s *jpegScanReader) into(b *jpegBand) {
+// readRows reads the next n rows, as readRow has them, into a band.
+func (s *jpegScanReader) readRows(b *jpegBand, n int) error {
 	for i := range s.parts {
 		s.parts[i].rows = &b.planes[s.parts[i].index]
 	}
-}
-
-// readBand fills a band, or what there is of it in so many rows of MCUs.
-func (s *jpegScanReader) readBand(b *jpegBand, mcuRows int) error {
-	s.into(b)
-	for row := range min(b.rows, mcuRows-b.first) {
+	for row := range n {
 		if err := s.readRow(row); err != nil {
 			return err
 		}
