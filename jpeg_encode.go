@@ -118,6 +118,7 @@ func newJPEGEncoder(img image.Image, quality int, b *buffers) *jpegEncoder {
 // encodeRow encodes one row of MCUs: AC coefficients block row by block row,
 // as scans of one component have them, and then the DC coefficients MCU by MCU.
 func (e *jpegEncoder) encodeRow(mcuRow int) {
+	stepBack()
 	for i := range e.components {
 		c := &e.components[i]
 		for v := range c.factor {
@@ -332,6 +333,7 @@ func appendScanHeader(out []byte, s *jpegScan) []byte {
 func (s *jpegScan) appendData(out []byte, tables *[2]huffmanTable) []byte {
 	pending, count := uint64(0), 0
 	spell := func(tokens []uint32) {
+		stepBack()
 		for _, token := range tokens {
 			code := tables[token>>28&1].codes[token>>16&255]
 			extra := int(token >> 24 & 15)

@@ -273,6 +273,7 @@ func (s *jpegScanReader) readRows(b *jpegBand, n int) error {
 // readRow decodes a row of MCUs of the band; in a scan of one component those are blocks
 // (T.81, A.2.2).
 func (s *jpegScanReader) readRow(row int) error {
+	stepBack()
 	if len(s.parts) == 1 {
 		p := &s.parts[0]
 		for x := range p.plane.blocksWide {

@@ -159,6 +159,9 @@ func (r *resampler) feed(read func(y int) []byte, end int) {
 // take resizes the next row into the ring; of one channel two at once, if there
 // are two before end, for which a window has room.
 func (r *resampler) take(read func(y int) []byte, end int) {
+	if r.next%8 == 0 {
+		stepBack()
+	}
 	row := r.ring[r.next%len(r.ring)]
 	switch {
 	case r.channels == 4:
