@@ -171,3 +171,31 @@ func (c *tokenCache) lookAgain(ctx context.Context, sum tokenSum, ask askToken) 
 	c.known.Store(sum.key(), known)
 	return known, nil
 }
+
+// tokenWatch ends with its caller's token what may go on for ever. That takes as
+// long as for requests; a database that cannot be asked ends nothing.
+type tokenWatch struct {
+	expired <-chan time.Time // then the token has to be looked at again; nil: there is none
+	look    func() (knownCaller, error)
+}
+
+func (s *server) watchToken(ctx context.Context, w http.ResponseWriter) (t tokenWatch) {
+	if known := w.(*recorder).caller; known != nil {
+		t.expired = time.After(time.Until(known.next))
+		t.look = func() (knownCaller, error) { return s.tokens.look(ctx, known.sum, s.store.TokenCaller) }
+	}
+	return t
+}
+
+// renew answers errBadToken if the token has been revoked.
+func (t *tokenWatch) renew() error {
+	known, err := t.look()
+	switch {
+	case errors.Is(err, errNotFound):
+		return errBadToken
+	case err != nil:
+		known.next = time.Now().Add(tokenTime)
+	}
+	t.expired = time.After(time.Until(known.next))
+	return nil
+}

@@ -45,7 +45,7 @@ func (s *server) importProducts(w http.ResponseWriter, r *http.Request) error {
 	if err := stream.control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) { // only HTTP/1 is to be told
 		return err
 	}
-	ctx, cancel := s.untilStopping(context.WithoutCancel(r.Context())) // a client that goes away is a read that fails
+	ctx, cancel := s.whileAllowed(context.WithoutCancel(r.Context()), w) // a client that goes away is a read that fails
 	defer cancel()
 	defer context.AfterFunc(ctx, stream.interrupt)()
 	err = s.newImporter(stream, rowFormat(format), key).run(ctx)
@@ -90,13 +90,16 @@ func (s *server) exportProducts(w http.ResponseWriter, r *http.Request) error {
 	if err := stream.control.SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
 		return err
 	}
-	ctx, cancel := s.untilStopping(r.Context())
+	ctx, cancel := s.whileAllowed(r.Context(), w)
 	defer cancel()
+	defer context.AfterFunc(ctx, stream.interrupt)()
 	if r.Method != http.MethodHead {
 		err = exportProducts(ctx, s.store, filter, newRowWriter(stream, format))
 	}
 	if err == nil {
 		err = stream.flush()
+	} else if cause := context.Cause(ctx); cause != nil {
+		err = cause
 	}
 	if err != nil && stream.begun {
 		s.logBroken(stream, "export", err)
@@ -178,13 +181,18 @@ func (b *bulkStream) awaitRow() {
 	b.control.SetReadDeadline(time.Now().Add(b.patience)) // a failure is the next read's
 }
 
-// stopPatience is how long a server that ends waits for the rest of a row. It is
-// not nothing: after a read that failed net/http cannot read on, and would reset
-// the connection of a client that is still sending, which then loses the end of
-// the answer.
+// stopPatience is how long a stream that is to end waits for the rest of a row, and
+// for a client to take what it was sent. It is not nothing: after a read that
+// failed net/http cannot read on, and would reset the connection of a client that
+// is still sending, which then loses the end of the answer.
 const stopPatience = time.Second
 
-func (b *bulkStream) interrupt() { b.control.SetReadDeadline(time.Now().Add(stopPatience)) }
+// interrupt ends what the stream waits for now.
+func (b *bulkStream) interrupt() {
+	end := time.Now().Add(stopPatience)
+	b.control.SetReadDeadline(end)
+	b.control.SetWriteDeadline(end)
+}
 
 func (b *bulkStream) Read(data []byte) (int, error) {
 	n, err := b.body.Read(data)
@@ -217,17 +225,27 @@ func (b *bulkStream) begin() {
 	b.control.SetWriteDeadline(time.Now().Add(b.patience)) // a failure is the next write's
 }
 
-// untilStopping is a context that ends with the server, too.
-func (s *server) untilStopping(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancel(ctx)
-	go func() {
+// whileAllowed is a context that ends with the server, too, and with the token of
+// the caller: then errBadToken is its cause.
+func (s *server) whileAllowed(ctx context.Context, w http.ResponseWriter) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() { cancel(s.awaitEnd(ctx, s.watchToken(ctx, w))) }()
+	return ctx, func() { cancel(nil) }
+}
+
+func (s *server) awaitEnd(ctx context.Context, token tokenWatch) error {
+	for {
 		select {
+		case <-token.expired:
+			if err := token.renew(); err != nil {
+				return err
+			}
 		case <-s.stopping:
-			cancel()
+			return nil
 		case <-ctx.Done():
+			return nil
 		}
-	}()
-	return ctx, cancel
+	}
 }
 
 func (s *server) logBroken(stream *bulkStream, what string, err error) {

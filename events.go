@@ -93,8 +93,7 @@ type eventStream struct {
 	stopping  <-chan struct{} // closed when the server is to end
 	heartbeat *time.Ticker    // the handler stops it
 	told      place           // the last that the client was told
-	look      func() (knownCaller, error)
-	expired   <-chan time.Time // then the token has to be looked at again; nil: there is none
+	token     tokenWatch
 }
 
 // openStream answers the request with the beginning of a stream.
@@ -102,11 +101,7 @@ func (s *server) openStream(w http.ResponseWriter, r *http.Request) (*eventStrea
 	if err := w.(*recorder).enter(&s.limits.streaming); err != nil {
 		return nil, err
 	}
-	e := &eventStream{w: w, control: http.NewResponseController(w), ctx: r.Context(), stopping: s.stopping}
-	if known := w.(*recorder).caller; known != nil {
-		e.look = func() (knownCaller, error) { return s.tokens.look(e.ctx, known.sum, s.store.TokenCaller) }
-		e.expired = time.After(time.Until(known.next))
-	}
+	e := &eventStream{w: w, control: http.NewResponseController(w), ctx: r.Context(), stopping: s.stopping, token: s.watchToken(r.Context(), w)}
 	// The server's read timeout is for requests; here it would end the stream.
 	if err := e.control.SetReadDeadline(time.Time{}); err != nil {
 		return nil, err
@@ -159,8 +154,8 @@ func (e *eventStream) catchUp(s *server, at place, wants func(event) bool) (plac
 			return at, err
 		}
 		select {
-		case <-e.expired:
-			if err := e.renew(); err != nil {
+		case <-e.token.expired:
+			if err := e.token.renew(); err != nil {
 				return at, err
 			}
 		default:
@@ -196,8 +191,8 @@ func (e *eventStream) next(l *listener) (*event, error) {
 			if err := e.beat(l); err != nil {
 				return nil, err
 			}
-		case <-e.expired:
-			if err := e.renew(); err != nil {
+		case <-e.token.expired:
+			if err := e.token.renew(); err != nil {
 				return nil, err
 			}
 		case <-e.stopping:
@@ -230,21 +225,6 @@ func (e *eventStream) insist(do func(context.Context) error) error {
 			return e.ctx.Err()
 		}
 	}
-}
-
-// renew ends the stream of a token that was revoked. That takes as long as for
-// requests, though this one may last for ever; a database that cannot be asked
-// ends no stream.
-func (e *eventStream) renew() error {
-	known, err := e.look()
-	switch {
-	case errors.Is(err, errNotFound):
-		return errStreamOver
-	case err != nil:
-		known.next = time.Now().Add(tokenTime)
-	}
-	e.expired = time.After(time.Until(known.next))
-	return nil
 }
 
 // beat is a sign of life. It tells how far the client has come, which else a

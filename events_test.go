@@ -51,13 +51,7 @@ func TestStreamsEndWithTheirToken(t *testing.T) {
 	a := newTokenAPI(t)
 	web := httptest.NewServer(a.handler)
 	t.Cleanup(web.Close)
-	sum := sumOf(strings.TrimPrefix(a.stranger, "Bearer "))
-	known, err := a.server.tokens.look(t.Context(), sum, a.store.TokenCaller)
-	if err != nil {
-		t.Fatal(err)
-	}
-	known.next = time.Now().Add(200 * time.Millisecond) // rather than tokenTime
-	a.server.tokens.known.Store(sum.key(), known)
+	revoke := a.revocable(t, a.stranger)
 	var streams []*http.Response
 	for _, path := range []string{"/events", "/products/1/events"} {
 		request, err := http.NewRequestWithContext(t.Context(), "GET", web.URL+path, nil)
@@ -72,12 +66,29 @@ func TestStreamsEndWithTheirToken(t *testing.T) {
 		t.Cleanup(func() { response.Body.Close() })
 		streams = append(streams, response)
 	}
-	if _, err := a.store.Exec(t.Context(), `DELETE FROM tokens WHERE sha256 = $1`, sum[:]); err != nil {
-		t.Fatal(err)
-	}
+	revoke()
 	for _, stream := range streams {
 		if _, err := io.ReadAll(stream.Body); err != nil {
 			t.Errorf("%s: %v", stream.Request.URL.Path, err)
+		}
+	}
+}
+
+// revocable has a token looked at again soon, rather than after tokenTime, by what
+// is begun now, and answers how to revoke it.
+func (a tokenAPI) revocable(t *testing.T, token string) (revoke func()) {
+	t.Helper()
+	sum := sumOf(strings.TrimPrefix(token, "Bearer "))
+	known, err := a.server.tokens.look(t.Context(), sum, a.store.TokenCaller)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known.next = time.Now().Add(200 * time.Millisecond)
+	a.server.tokens.known.Store(sum.key(), known)
+	return func() {
+		t.Helper()
+		if _, err := a.store.Exec(t.Context(), `DELETE FROM tokens WHERE sha256 = $1`, sum[:]); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -112,8 +112,9 @@ func TestExportOverHTTP(t *testing.T) {
 	}
 }
 
-// exportTooLarge begins to read an export of more than the sockets hold.
-func exportTooLarge(t *testing.T, a *api) *http.Response {
+// exportTooLarge begins to read an export of more than the sockets hold, with a
+// token that is looked at again soon.
+func exportTooLarge(t *testing.T, a tokenAPI) (response *http.Response, revoke func()) {
 	t.Helper()
 	entries := make([]batchEntry, 2000)
 	for n := range entries {
@@ -121,7 +122,13 @@ func exportTooLarge(t *testing.T, a *api) *http.Response {
 		entries[n].Description = strings.Repeat("x", maxDescriptionLength)
 	}
 	createBatch(t, a.store, entries)
-	response, err := http.Get(served(t, a) + "/products/export")
+	request, err := http.NewRequestWithContext(t.Context(), "GET", served(t, a.api)+"/products/export", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Authorization", a.stranger)
+	revoke = a.revocable(t, a.stranger)
+	response, err = http.DefaultClient.Do(request)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,32 +136,35 @@ func exportTooLarge(t *testing.T, a *api) *http.Response {
 	if _, err := io.ReadFull(response.Body, make([]byte, 1000)); err != nil || response.StatusCode != 200 {
 		t.Fatalf("the beginning: %v, %v", response, err)
 	}
-	return response
+	return response, revoke
 }
 
 // An export that fails in its midst does not end like one that is whole, nor does
 // that of a client which takes nothing, and both give their places back.
 func TestExportThatIsNotWholeIsBrokenOff(t *testing.T) {
 	t.Parallel()
-	for name, fail := range map[string]func(*testing.T, *api){
-		"the database fails": func(t *testing.T, a *api) { rename(t, a, "images", "others") },
-		"the server ends":    func(_ *testing.T, a *api) { close(a.stopping) },
-		"the client hangs": func(t *testing.T, a *api) {
-			eventually(t, "the place is free", func() bool { return a.limits.bulk.taken.Load() == 0 })
-		},
+	ended := func(t *testing.T, a *api) {
+		t.Helper()
+		eventually(t, "the place is free", func() bool { return a.limits.bulk.taken.Load() == 0 })
+	}
+	for name, fail := range map[string]func(t *testing.T, a *api, revoke func()){
+		"the database fails":   func(t *testing.T, a *api, _ func()) { rename(t, a, "images", "others") },
+		"the server ends":      func(_ *testing.T, a *api, _ func()) { close(a.stopping) },
+		"the token is revoked": func(t *testing.T, a *api, revoke func()) { revoke(); ended(t, a) },
+		"the client hangs":     func(t *testing.T, a *api, _ func()) { ended(t, a) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a := newAPI(t)
+			a := newTokenAPI(t)
 			if name == "the client hangs" {
 				a.patience = 200 * time.Millisecond
 			}
-			response := exportTooLarge(t, a)
-			fail(t, a)
+			response, revoke := exportTooLarge(t, a)
+			fail(t, a.api, revoke)
 			if n, err := io.Copy(io.Discard, response.Body); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("after %d more bytes the answer ended as if it were whole", n)
 			}
-			eventually(t, "the place is free", func() bool { return a.limits.bulk.taken.Load() == 0 })
+			ended(t, a.api)
 		})
 	}
 }

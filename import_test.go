@@ -364,6 +364,20 @@ func TestImportThatIsBrokenOffGoesOnLater(t *testing.T) {
 	}
 }
 
+// What it has stored until then is told.
+func TestImportEndsWithItsToken(t *testing.T) {
+	t.Parallel()
+	a := newTokenAPI(t)
+	revoke := a.revocable(t, a.stranger)
+	live := startImport(t, served(t, a.api), rowOfUser(2, "a"), "Authorization", a.stranger)
+	first := live.next(t)
+	revoke()
+	if end := live.next(t); first.Status != rowCreated || end.Status != importAborted || end.Line != 2 || end.Created != 1 || end.Error == nil || end.Error.Status != 401 {
+		t.Errorf("after %+v the import ended with %+v", first, end)
+	}
+	live.rows.Close()
+}
+
 // An import that is broken off while rows come fast has told of each row before
 // the one where it ended.
 func TestImportThatIsBrokenOffLeavesNoGap(t *testing.T) {

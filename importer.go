@@ -129,7 +129,7 @@ func (im *importer) importRows(ctx context.Context) error {
 			}
 			if im.await(); ctx.Err() != nil {
 				im.summary.Line = im.rows.text.lines + 1
-				return ctx.Err()
+				return context.Cause(ctx)
 			}
 		}
 		next, err := im.rows.next()
@@ -138,7 +138,7 @@ func (im *importer) importRows(ctx context.Context) error {
 		}
 		if err != nil { // the row was waited for, so no other is in hand
 			im.summary.Line = next.line
-			return cmp.Or(ctx.Err(), err)
+			return cmp.Or(context.Cause(ctx), err)
 		}
 		im.add(next)
 	}
