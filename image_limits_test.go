@@ -144,7 +144,7 @@ func TestTruncatedInputNeverPanics(t *testing.T) {
 	for name, data := range smallImages(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			for n := range data {
+			for n := 0; n < len(data); n += 1 + len(data)/300 {
 				_, err := compressBytes(data[:n], 8)
 				code := errorCode(err)
 				if err != nil && code != "corrupt_image" && code != "not_an_image" {

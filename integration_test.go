@@ -910,7 +910,7 @@ func TestMemoryOfALargePhoto(t *testing.T) {
 		t.Skip("needs /proc")
 	}
 	photos := newPhotoServer(t)
-	photos.serve("/large", jpegPhoto(t, 5472, 3648))
+	photos.serve("/large", tallJPEG(t, encodedJPEG(t, photo(5472, 16), 95), 3648/16))
 	api := startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
 	api.settled(t, api.post(t, photos.serve("/small", jpegPhoto(t, 50, 50))).ID)
 	idle := peakMemory(t, api.pid)
