@@ -25,12 +25,23 @@ var (
 	errNoToken   = &httpError{http.StatusUnauthorized, "a token is needed: Authorization: Bearer TOKEN"}
 	errBadToken  = &httpError{http.StatusUnauthorized, "the token is not valid"}
 	errForbidden = &httpError{http.StatusForbidden, "this token does not allow it"}
+	errOtherSite = &httpError{http.StatusForbidden, "a page of another site may not do this"}
 )
+
+// crossOrigin knows requests that a page of another site has its reader's browser
+// send. Without tokens they would be anybody's who looks at it.
+var crossOrigin = http.NewCrossOriginProtection()
 
 // authenticate finds out who calls, and notes it in the recorder. With
 // authentication off, everybody is admin, and nobody noted.
 func (s *server) authenticate(rec *recorder, r *http.Request, access access) error {
-	if !s.authOn || access == noToken {
+	if access == noToken {
+		return nil
+	}
+	if !s.authOn {
+		if crossOrigin.Check(r) != nil {
+			return errOtherSite
+		}
 		return nil
 	}
 	token, err := bearerToken(r)
