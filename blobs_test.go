@@ -384,7 +384,7 @@ func TestFileBlobsLeaveNothingBehind(t *testing.T) {
 		})
 	}
 	key := blobKey(7, 41, nil, "jpg")
-	for range 300 {
+	for range 100 {
 		if err := blobs.Put(t.Context(), key, "image/jpeg", []byte("x")); err != nil {
 			t.Errorf("put: %v", err)
 			break

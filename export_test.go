@@ -116,7 +116,7 @@ func TestExportOverHTTP(t *testing.T) {
 // token that is looked at again soon.
 func exportTooLarge(t *testing.T, a tokenAPI) (response *http.Response, revoke func()) {
 	t.Helper()
-	entries := make([]batchEntry, 2000)
+	entries := make([]batchEntry, 1000)
 	for n := range entries {
 		entries[n] = entry(fmt.Sprint(n))
 		entries[n].Description = strings.Repeat("x", maxDescriptionLength)
