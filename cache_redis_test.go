@@ -240,9 +240,7 @@ func TestCacheWithoutRedisAtStart(t *testing.T) {
 		t.Error("hit without Redis")
 	}
 	o.Invalidate(1, o.db.commit(1))
-	for range 3 { // tries to connect; each would have its line in the log
-		acceptOnce(t, o.server.addr())
-	}
+	refuse(t, o.server.addr(), 3) // tries to connect; each would have its line in the log
 	o.server.Start(t)
 	eventually(t, "reads are hits", func() bool { return mustRead(t, o.cache, 1).Cached })
 	eventually(t, "the marker is sent", func() bool { return len(o.floors.waiting(maxUnsent)) == 0 })
@@ -251,20 +249,23 @@ func TestCacheWithoutRedisAtStart(t *testing.T) {
 	}
 }
 
-// acceptOnce takes one connection in the place of a server that is down, and
-// closes it.
-func acceptOnce(t *testing.T, addr string) {
+// refuse takes n connections in the place of a server that is down, and closes
+// each. It listens once: whatever process is being started at that moment has the
+// listener too, until its program runs.
+func refuse(t *testing.T, addr string, n int) {
 	t.Helper()
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	conn, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
+	for range n {
+		conn, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
 	}
-	conn.Close()
 }
 
 func TestCacheFlushedRedis(t *testing.T) {
