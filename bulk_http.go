@@ -229,10 +229,13 @@ func (b *bulkStream) begin() {
 // the caller: then errBadToken is its cause.
 func (s *server) whileAllowed(ctx context.Context, w http.ResponseWriter) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	go func() { cancel(s.awaitEnd(ctx, s.watchToken(ctx, w))) }()
+	token := s.watchToken(ctx, w)
+	go func() { cancel(s.awaitEnd(ctx, token)) }()
 	return ctx, func() { cancel(nil) }
 }
 
+// awaitEnd waits for what ends an exchange before its time, and answers why if it
+// is the token.
 func (s *server) awaitEnd(ctx context.Context, token tokenWatch) error {
 	for {
 		select {
