@@ -190,8 +190,8 @@ type tokenWatch struct {
 	look    func() (knownCaller, error)
 }
 
-// watchToken begins with what is known of the caller's token. Its looks at the
-// database end with ctx, or within tokenPatience.
+// watchToken begins with what is known of the caller's token. A look at the
+// database takes tokenPatience at most, whether ctx has ended or not.
 func (s *server) watchToken(ctx context.Context, w http.ResponseWriter) (t tokenWatch) {
 	if known := w.(*recorder).caller; known != nil {
 		t.expired = time.After(time.Until(known.next))
