@@ -49,12 +49,11 @@ func readEvents(stream string) (events []sentEvent) {
 func TestStreamsEndWithTheirToken(t *testing.T) {
 	t.Parallel()
 	a := newTokenAPI(t)
-	web := httptest.NewServer(a.handler)
-	t.Cleanup(web.Close)
+	url := served(t, a.api)
 	revoke := a.revocable(t, a.stranger)
 	var streams []*http.Response
 	for _, path := range []string{"/events", "/products/1/events"} {
-		request, err := http.NewRequestWithContext(t.Context(), "GET", web.URL+path, nil)
+		request, err := http.NewRequestWithContext(t.Context(), "GET", url+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -143,15 +143,11 @@ func exportTooLarge(t *testing.T, a tokenAPI) (response *http.Response, revoke f
 // that of a client which takes nothing, and both give their places back.
 func TestExportThatIsNotWholeIsBrokenOff(t *testing.T) {
 	t.Parallel()
-	ended := func(t *testing.T, a *api) {
-		t.Helper()
-		eventually(t, "the place is free", func() bool { return a.limits.bulk.taken.Load() == 0 })
-	}
 	for name, fail := range map[string]func(t *testing.T, a *api, revoke func()){
 		"the database fails":   func(t *testing.T, a *api, _ func()) { rename(t, a, "images", "others") },
 		"the server ends":      func(_ *testing.T, a *api, _ func()) { close(a.stopping) },
-		"the token is revoked": func(t *testing.T, a *api, revoke func()) { revoke(); ended(t, a) },
-		"the client hangs":     func(t *testing.T, a *api, _ func()) { ended(t, a) },
+		"the token is revoked": func(t *testing.T, a *api, revoke func()) { revoke(); a.awaitBulkEnd(t) },
+		"the client hangs":     func(t *testing.T, a *api, _ func()) { a.awaitBulkEnd(t) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -164,7 +160,7 @@ func TestExportThatIsNotWholeIsBrokenOff(t *testing.T) {
 			if n, err := io.Copy(io.Discard, response.Body); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("after %d more bytes the answer ended as if it were whole", n)
 			}
-			ended(t, a.api)
+			a.awaitBulkEnd(t)
 		})
 	}
 }

@@ -224,6 +224,12 @@ func served(t *testing.T, a *api) string {
 	return web.URL
 }
 
+// awaitBulkEnd waits until no import or export has its place, or its key, any more.
+func (a *api) awaitBulkEnd(t *testing.T) {
+	t.Helper()
+	eventually(t, "imports and exports have ended", func() bool { return a.limits.bulk.taken.Load() == 0 })
+}
+
 func TestImportIsAnsweredWhileItIsSent(t *testing.T) {
 	t.Parallel()
 	live := startImport(t, served(t, newAPI(t)), rowOfUser(1, "a"))
@@ -319,7 +325,7 @@ func TestImportByAClientThatNeverReadsIsCut(t *testing.T) {
 	for err == nil {
 		_, err = conn.Write(rows)
 	}
-	eventually(t, "the place is free", func() bool { return a.limits.bulk.taken.Load() == 0 })
+	a.awaitBulkEnd(t)
 }
 
 // What is stored is told, and the rest refused, when the server ends and when the
@@ -354,7 +360,7 @@ func TestImportThatIsBrokenOffGoesOnLater(t *testing.T) {
 				t.Fatalf("the import ended with %+v", end)
 			}
 			live.rows.Close()
-			eventually(t, "the key is free", func() bool { return a.limits.bulk.taken.Load() == 0 })
+			a.awaitBulkEnd(t)
 			c.mend(t, a)
 			again := a.importAll(t, ndjsonRows, rowOfUser(1, "a")+rowOfUser(1, "b")+rowOfUser(1, "c"), "Idempotency-Key", "k")
 			if want := []string{"1 existing", "2 existing", "3 created", "0 complete"}; !slices.Equal(outcomes(again), want) || again[0].ID != first.ID || again[1].ID != second.ID {
