@@ -223,8 +223,13 @@ func (c *cache) load(ctx context.Context, id int64, f flight) (document, error) 
 	return doc, nil
 }
 
-// join takes part in a flight, or starts it.
+// join takes part in a flight, or starts it. Where there is nothing to fill there
+// is none, since it would cost a tenth of the load: productLoader has readers
+// share queries as well.
 func (c *cache) join(ctx context.Context, id int64, f flight) (document, error) {
+	if !f.fill {
+		return c.fetch(ctx, id, f)
+	}
 	landed := c.flights.DoChan(f.key(id), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), loadTimeout)
 		defer cancel()
@@ -241,7 +246,7 @@ func (c *cache) join(ctx context.Context, id int64, f flight) (document, error) 
 	}
 }
 
-// fetch does the work of one flight.
+// fetch does the work of one flight, or of one reader.
 func (c *cache) fetch(ctx context.Context, id int64, f flight) (document, error) {
 	if f.trusted && f.fill {
 		// Between the reader's look and the start of this flight another flight
@@ -252,7 +257,6 @@ func (c *cache) fetch(ctx context.Context, id int64, f flight) (document, error)
 		}
 		f.fill = err == nil
 	}
-	cacheLoads.Inc()
 	doc, err := c.next.Product(ctx, id)
 	if errors.Is(err, errNotFound) {
 		c.notThere(id, f)

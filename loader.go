@@ -108,6 +108,7 @@ func (l *productLoader) take() (batch map[int64]*productLoad, ids []int64) {
 func (l *productLoader) read(batch map[int64]*productLoad, ids []int64) {
 	ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
 	defer cancel()
+	cacheLoads.Inc()
 	products, err := l.store.ProductsByID(ctx, ids)
 	if err != nil && ctx.Err() != nil {
 		fail(l.takeAll(), err)
