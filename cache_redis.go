@@ -234,10 +234,8 @@ func (b *redisCache) Run(ctx context.Context) error {
 		}
 		away = true
 		cacheBreaker.Set(1)
-		select {
-		case <-ctx.Done():
+		if sleep(ctx, redisPause) != nil {
 			return nil
-		case <-time.After(redisPause):
 		}
 	}
 }

@@ -276,10 +276,5 @@ func pauseFor(ctx context.Context, rate int) error {
 	if rate == 0 {
 		return ctx.Err()
 	}
-	select {
-	case <-time.After(time.Second / time.Duration(rate)):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return sleep(ctx, time.Second/time.Duration(rate))
 }

@@ -84,6 +84,16 @@ func poke(c chan<- struct{}) {
 	}
 }
 
+// sleep lets time pass. If ctx ends first it answers why.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // Run dispatches until ctx ends. It finishes a batch that it began, since jobs
 // published and not marked would be published twice.
 func (d *dispatcher) Run(ctx context.Context) error {

@@ -537,15 +537,8 @@ func (r *retryPace) next() time.Duration {
 
 func (r *retryPace) reset() { r.pause = 0 }
 
-// wait sleeps for the next pause or until ctx ends.
-func (r *retryPace) wait(ctx context.Context) {
-	timer := time.NewTimer(r.next())
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
-	}
-}
+// wait lets the next pause pass, or ctx end.
+func (r *retryPace) wait(ctx context.Context) { _ = sleep(ctx, r.next()) }
 
 // healthLog logs when a fault begins or becomes another, and when it is over, so
 // that an hour without a broker is a few lines.

@@ -310,10 +310,7 @@ func (a *app) migrate(ctx context.Context) error {
 		if !said {
 			a.log.Warn("database is away, retrying", "err", err)
 		}
-		select {
-		case <-time.After(migrateInterval):
-		case <-ctx.Done():
-		}
+		_ = sleep(ctx, migrateInterval)
 	}
 }
 
@@ -425,7 +422,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	}
 	a.log.Info("stopping")
 	s.draining.Store(true)
-	<-time.After(a.ShutdownDelay) // requests are answered meanwhile
+	time.Sleep(a.ShutdownDelay) // requests are answered meanwhile
 	close(s.stopping)
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.ShutdownGrace)
 	defer cancel()

@@ -205,9 +205,7 @@ func (d *deliverer) settle(log *slog.Logger, do func(context.Context) error) {
 		if err == nil {
 			return
 		}
-		select {
-		case <-time.After(delay):
-		case <-ctx.Done():
+		if sleep(ctx, delay) != nil {
 			log.Warn("delivery not settled, it will be sent again", "err", err)
 			return
 		}
