@@ -126,12 +126,8 @@ func (b *burial) look(t *testing.T) {
 
 func (b *burial) publishCopy(t *testing.T, job Job) {
 	t.Helper()
-	message, err := encodeJob(job, time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
 	before, _ := b.copies(t)
-	if err := b.ch.PublishWithContext(t.Context(), "", deadQueueName, true, false, message); err != nil {
+	if err := b.ch.PublishWithContext(t.Context(), "", deadQueueName, true, false, encodeJob(job, time.Now())); err != nil {
 		t.Fatal(err)
 	}
 	b.awaitCopies(t, len(before)+1)

@@ -436,11 +436,7 @@ func (p *amqpPublisher) publish(ctx context.Context, jobs []Job) (refused []Job,
 func (p *amqpPublisher) send(jobs []Job) ([]*amqp.DeferredConfirmation, error) {
 	confirms := make([]*amqp.DeferredConfirmation, 0, len(jobs))
 	for _, job := range jobs {
-		message, err := encodeJob(job, time.Now())
-		if err != nil {
-			return confirms, err
-		}
-		confirm, err := p.ch.PublishWithDeferredConfirm("", p.queue, true, false, message)
+		confirm, err := p.ch.PublishWithDeferredConfirm("", p.queue, true, false, encodeJob(job, time.Now()))
 		if err != nil {
 			return confirms, fmt.Errorf("send job %d: %w", job.ID, err)
 		}
@@ -487,11 +483,8 @@ func messageID(job Job) string { return strconv.FormatInt(job.ID, 10) }
 
 // encodeJob makes the message of a job: persistent, and with what ties it to a
 // request in headers too, where an operator's tools can show it.
-func encodeJob(job Job, now time.Time) (amqp.Publishing, error) {
-	body, err := json.Marshal(job)
-	if err != nil {
-		return amqp.Publishing{}, fmt.Errorf("encode job %d: %w", job.ID, err)
-	}
+func encodeJob(job Job, now time.Time) amqp.Publishing {
+	body, _ := json.Marshal(job) // never fails
 	headers := amqp.Table{}
 	if job.RequestID != "" {
 		headers["x-request-id"] = job.RequestID
@@ -507,7 +500,7 @@ func encodeJob(job Job, now time.Time) (amqp.Publishing, error) {
 		Timestamp:    now,
 		AppId:        "pms",
 		Body:         body,
-	}, nil
+	}
 }
 
 // decodeJob reads a message's job. It passes over fields that it does not know,

@@ -69,8 +69,8 @@ func (q *rabbitQueue) consumeOnce(ctx context.Context, prefetch int, out chan<- 
 	}
 }
 
-// handOut gives one message to out, alone if nothing else is in hand. What is no job of ours goes to the dead
-// queue, where a person may look at it.
+// handOut gives one message to out; alone says that nothing else is in hand. What
+// is no job of ours goes to the dead queue, where a person may look at it.
 func (q *rabbitQueue) handOut(ctx context.Context, c *amqpConsumer, message amqp.Delivery, out chan<- Delivery, alone bool) {
 	job, err := decodeJob(message.Body)
 	if err != nil {
