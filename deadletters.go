@@ -97,11 +97,7 @@ func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) 
 
 func (s *store) countImages(ctx context.Context, where string, args []any) (int, error) {
 	r, err := s.QueryOnce(ctx, "SELECT count(*) FROM images i WHERE "+where, args...)
-	counts, err := collect(r, err, func(r rows) (n int, err error) { err = r.Scan(&n); return n, err })
-	if err != nil {
-		return 0, err
-	}
-	return counts[0], nil
+	return only(collect(r, err, func(r rows) (n int, err error) { err = r.Scan(&n); return n, err }))
 }
 
 const selectDeadLetter = selectDeadLetters + isDead + ` AND i.id = $1`

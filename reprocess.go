@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 )
 
@@ -106,9 +105,7 @@ func reprocess(ctx context.Context, db *store, f madeFilter, rate int, invalidat
 // checkProducts answers an error if one of some products is not there.
 func checkProducts(ctx context.Context, db *store, ids []int64) error {
 	for _, id := range ids {
-		if _, err := db.Product(ctx, id); errors.Is(err, errNotFound) {
-			return fmt.Errorf("product %d: %w", id, err)
-		} else if err != nil {
+		if _, err := db.Product(ctx, id); err != nil {
 			return err
 		}
 	}
