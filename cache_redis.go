@@ -103,8 +103,7 @@ type redisConn struct {
 func newRedisCache(redisURL string, ttl time.Duration, size int64, log *slog.Logger) (*redisCache, error) {
 	options, err := rueidis.ParseURL(redisURL)
 	if err != nil {
-		var bad *url.Error
-		if errors.As(err, &bad) { // its text has the URL, which may have a password
+		if bad, ok := errors.AsType[*url.Error](err); ok { // its text has the URL, which may have a password
 			err = bad.Err
 		}
 		return nil, fmt.Errorf("parse redis url: %w", err)
@@ -197,8 +196,7 @@ func (c *redisConn) answered() {
 // memory, loading its data) came at once and so does not count for the breaker.
 func (b *redisCache) failed(conn *redisConn, err error) error {
 	cacheErrors.Inc()
-	var refusal *rueidis.RedisError
-	if errors.As(err, &refusal) {
+	if _, refused := errors.AsType[*rueidis.RedisError](err); refused {
 		conn.answered()
 		return err
 	}

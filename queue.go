@@ -566,10 +566,10 @@ func (h *healthLog) mended(message string) {
 // faultKind tells faults of the broker apart without the ports and times that
 // make the text of each error its own.
 func faultKind(err error) string {
-	var broker *amqp.Error
-	switch {
-	case errors.As(err, &broker):
+	if broker, ok := errors.AsType[*amqp.Error](err); ok {
 		return strconv.Itoa(broker.Code)
+	}
+	switch {
 	case errors.Is(err, errNoQueue):
 		return "no queue"
 	case errors.Is(err, errBrokerFrozen):

@@ -101,8 +101,7 @@ func (s *deadSweep) lock(ctx context.Context) error {
 		_, err = ch.QueueDeclare(sweepLockName, false, true, true, false, nil)
 		return err
 	})
-	var broker *amqp.Error
-	if errors.As(err, &broker) && broker.Code == amqp.ResourceLocked {
+	if broker, ok := errors.AsType[*amqp.Error](err); ok && broker.Code == amqp.ResourceLocked {
 		return errSweepTaken
 	}
 	return wrap("lock the dead queue", err)

@@ -134,8 +134,7 @@ func (l *amqpLink) inspect(ctx context.Context, name string) (waiting int, exist
 		waiting = queue.Messages
 		return err
 	})
-	var broker *amqp.Error
-	if errors.As(err, &broker) && broker.Code == amqp.NotFound {
+	if broker, ok := errors.AsType[*amqp.Error](err); ok && broker.Code == amqp.NotFound {
 		return 0, false, nil
 	}
 	return waiting, err == nil, err

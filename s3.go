@@ -153,8 +153,7 @@ func (b *s3Blobs) Delete(ctx context.Context, key string) error {
 		Bucket: aws.String(b.bucket),
 		Key:    aws.String(key),
 	})
-	var answer smithy.APIError
-	if errors.As(err, &answer) && answer.ErrorCode() == "NoSuchKey" { // S3 itself says 204
+	if answer, ok := errors.AsType[smithy.APIError](err); ok && answer.ErrorCode() == "NoSuchKey" { // S3 itself says 204
 		return nil
 	}
 	if err != nil {
