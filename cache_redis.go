@@ -178,10 +178,7 @@ func (b *redisCache) Ping(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, redisDialTimeout)
 	defer cancel()
-	if err := conn.Do(ctx, conn.B().Ping().Build()).Error(); err != nil {
-		return fmt.Errorf("ping redis: %w", err)
-	}
-	return nil
+	return wrap("ping redis", conn.Do(ctx, conn.B().Ping().Build()).Error())
 }
 
 // answered says that Redis has answered on a connection.

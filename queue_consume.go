@@ -102,10 +102,7 @@ func settleMessage(message amqp.Delivery, v verdict) error {
 	case verdictReleased:
 		err = message.Reject(true)
 	}
-	if err != nil {
-		return fmt.Errorf("settle message %s: %w", message.MessageId, err)
-	}
-	return nil
+	return wrap("settle message "+message.MessageId, err)
 }
 
 // amqpConsumer is a subscription to the work queue.

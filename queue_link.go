@@ -151,8 +151,5 @@ func (l *amqpLink) declare(ctx context.Context, name string, args amqp.Table) er
 		_, err = ch.QueueDeclare(name, true, false, false, false, args)
 		return err
 	})
-	if err != nil {
-		return fmt.Errorf("declare queue %s: %w", name, err)
-	}
-	return nil
+	return wrap("declare queue "+name, err)
 }
