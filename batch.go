@@ -140,10 +140,7 @@ func claimKeys(ctx context.Context, tx querier, entries []batchEntry, now time.T
 		return nil
 	}
 	r, err := tx.Query(ctx, insertKeys, keys, now, now.Add(-idempotencyTime))
-	claimed, err := collect(r, err, func(r rows) (key string, err error) {
-		err = r.Scan(&key)
-		return key, err
-	})
+	claimed, err := collect(r, err, scanOne[string])
 	if err != nil || len(claimed) == asked {
 		return err
 	}

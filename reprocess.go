@@ -36,7 +36,7 @@ func (s *store) MadeImages(ctx context.Context, f madeFilter, after int64, limit
 	where, args := f.where()
 	args = append(args, after)
 	r, err := s.QueryOnce(ctx, fmt.Sprintf("SELECT i.id FROM images i WHERE %s AND i.id > $%d ORDER BY i.id LIMIT %d", where, len(args), limit), args...)
-	ids, err := collect(r, err, scanID)
+	ids, err := collect(r, err, scanOne[int64])
 	return ids, wrap("list images", err)
 }
 

@@ -119,6 +119,12 @@ func collect[T any](r rows, err error, scan func(rows) (T, error)) ([]T, error) 
 	return all, r.Err()
 }
 
+// scanOne scans a row of one column.
+func scanOne[T any](r rows) (one T, err error) {
+	err = r.Scan(&one)
+	return one, err
+}
+
 // only is the one row of a result, or errNotFound if there is none.
 func only[T any](all []T, err error) (one T, _ error) {
 	if err == nil && len(all) == 0 {
