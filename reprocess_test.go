@@ -64,17 +64,11 @@ func TestStoreReprocessKeepsTheOldUntilTheNewIsSettled(t *testing.T) {
 			t.Fatalf("published %+v", again)
 		}
 		finishWith(t, s, again[0], "main", "640") // the image comes out the same, its variants do not
-		if keys := collectGarbage(t, s); len(keys) != 0 {
-			t.Errorf("deleted while pages still show them: %v", keys)
-		}
+		wantGarbage(t, s, "while pages still show them")
 		advance(s, overtakenTime)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"320", "800"}) {
-			t.Errorf("deleted after that: %v, want the old variants", keys)
-		}
+		wantGarbage(t, s, "after that", "320", "800")
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); len(keys) != 0 {
-			t.Errorf("objects in use would be deleted: %v", keys)
-		}
+		wantGarbage(t, s, "of objects in use")
 	})
 }
 
@@ -92,9 +86,7 @@ func TestStoreReprocessThatFailsKeepsTheOld(t *testing.T) {
 		}
 		bury(t, s, job, permanent("http_404", "404 Not Found"))
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"640"}) {
-			t.Errorf("deleted: %v, want the one that nothing refers to", keys)
-		}
+		wantGarbage(t, s, "of a try that failed", "640")
 		got, _ := s.Product(t.Context(), p.ID)
 		if image := got.Images[0]; image.Status != imageFailed || !slices.Equal(image.keys(), []string{"main", "320"}) {
 			t.Errorf("after the failure: %+v", image)
@@ -113,9 +105,7 @@ func TestStoreReprocessThatFailsKeepsTheOld(t *testing.T) {
 			t.Fatal(err)
 		}
 		advance(s, overtakenTime)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"320", "640", "main"}) {
-			t.Errorf("deleted with the product: %v", keys)
-		}
+		wantGarbage(t, s, "with the product", "320", "640", "main")
 	})
 }
 
@@ -138,9 +128,7 @@ func TestStoreDropsAnImageThatIsMadeAgain(t *testing.T) {
 			t.Errorf("settled: %v", err)
 		}
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"320", "640", "main"}) {
-			t.Errorf("deleted: %v", keys)
-		}
+		wantGarbage(t, s, "with the product", "320", "640", "main")
 	})
 }
 

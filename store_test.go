@@ -144,8 +144,9 @@ func finish(t *testing.T, s *store, job Job, key string) int64 {
 	return version
 }
 
-// collectGarbage answers the keys of the objects that are due for deletion.
-func collectGarbage(t *testing.T, s *store) []string {
+// wantGarbage deletes the objects that are due, and fails the test unless they are
+// those of these keys.
+func wantGarbage(t *testing.T, s *store, when string, want ...string) {
 	t.Helper()
 	var keys []string
 	_, err := s.CollectGarbage(t.Context(), 1000, func(_ context.Context, key string) error {
@@ -156,7 +157,9 @@ func collectGarbage(t *testing.T, s *store) []string {
 		t.Fatal(err)
 	}
 	slices.Sort(keys)
-	return keys
+	if !slices.Equal(keys, want) {
+		t.Errorf("%s: deleted %q, want %q", when, keys, want)
+	}
 }
 
 // advance turns the store's clock forward.
@@ -316,9 +319,7 @@ func TestStoreUpdateKeepsImagesWhoseSourceStays(t *testing.T) {
 				if got := strings.Join(queued, " "); got != c.queued {
 					t.Errorf("queued %q, want %q", got, c.queued)
 				}
-				if got := strings.Join(collectGarbage(t, s), " "); got != c.garbage {
-					t.Errorf("objects to delete: %q, want %q", got, c.garbage)
-				}
+				wantGarbage(t, s, "of what was dropped", strings.Fields(c.garbage)...)
 			})
 		})
 	}
@@ -400,9 +401,7 @@ func TestStoreDeleteLeavesNothing(t *testing.T) {
 		if err := s.DeleteProduct(t.Context(), p.ID, always); !errors.Is(err, errNotFound) {
 			t.Errorf("second deletion: %v", err)
 		}
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"object"}) {
-			t.Errorf("objects to delete: %v", keys)
-		}
+		wantGarbage(t, s, "with the product", "object")
 		if _, err := s.PendingImage(t.Context(), jobs[1].ID); !errors.Is(err, errNotFound) {
 			t.Errorf("its pending image: %v", err)
 		}
