@@ -24,11 +24,7 @@ type burial struct {
 
 func newBurial(t *testing.T, url string) *burial {
 	t.Helper()
-	db, err := openSQLite(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := &burial{store: migratedStore(t, db)}
+	b := &burial{store: storeIn(t, t.TempDir())}
 	b.queue = runQueue(t, newRabbitQueue(url, b.store.RequeueAll, testLog(t)))
 	b.keeper = newDeadKeeper(b.store, b.queue, func(int64, int64) {}, func() {}, testLog(t))
 	b.keeper.grace = 0

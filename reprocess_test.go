@@ -222,11 +222,7 @@ func TestReprocessOverHTTP(t *testing.T) {
 func TestReprocessCommand(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	db, err := openSQLite(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := migratedStore(t, db)
+	s := storeIn(t, dir)
 	other := addUser(t, s)
 	for n, p := range []Product{
 		{UserID: 1, Images: sourcesOf("https://a.example/1", "https://b.example/2")},
@@ -368,34 +364,17 @@ func TestReprocessAfterASettingChanged(t *testing.T) {
 // wantVariants fetches an image and its variants, which must be of these widths.
 func wantVariants(t *testing.T, p shown, n int, widths ...int) {
 	t.Helper()
-	image := p.Images[n]
-	if statusOf(image.URL) != 200 || len(image.Variants) != len(widths) {
-		t.Fatalf("image %d is %+v, want variants of %v", n, image, widths)
+	made := p.Images[n]
+	if statusOf(made.URL) != 200 || len(made.Variants) != len(widths) {
+		t.Fatalf("image %d is %+v, want variants of %v", n, made, widths)
 	}
-	for i, v := range image.Variants {
-		data, config := fetchImage(t, v.URL)
-		if v.Width != widths[i] || config.Width != widths[i] || config.Height != (widths[i]+1)/2 || v.Bytes != len(data) {
+	for i, v := range made.Variants {
+		_, data := download(t, v.URL)
+		config, _, err := image.DecodeConfig(bytes.NewReader(data))
+		if err != nil || v.Width != widths[i] || config.Width != widths[i] || config.Height != (widths[i]+1)/2 || v.Bytes != len(data) {
 			t.Errorf("variant %+v is %d × %d in %d bytes, want it %d wide", v, config.Width, config.Height, len(data), widths[i])
 		}
 	}
-}
-
-func fetchImage(t *testing.T, from string) ([]byte, image.Config) {
-	t.Helper()
-	response, err := http.Get(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	data, err := io.ReadAll(response.Body)
-	if err != nil || response.StatusCode != 200 {
-		t.Fatalf("GET %s: %s, %v", from, response.Status, err)
-	}
-	config, _, err := image.DecodeConfig(bytes.NewReader(data))
-	if err != nil {
-		t.Fatalf("GET %s: %v", from, err)
-	}
-	return data, config
 }
 
 // A process that is killed between the uploads of an image's variants leaves
@@ -432,11 +411,7 @@ func TestKilledBetweenVariantUploads(t *testing.T) {
 				t.Error(err)
 			}
 			collectOrphans(t, dir, env)
-			db, err := openSQLite(dir)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got, err := migratedStore(t, db).Product(t.Context(), p.ID)
+			got, err := storeIn(t, dir).Product(t.Context(), p.ID)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -451,11 +426,7 @@ func TestKilledBetweenVariantUploads(t *testing.T) {
 // collectOrphans deletes what is garbage after the grace has passed.
 func collectOrphans(t *testing.T, dir string, env map[string]string) {
 	t.Helper()
-	db, err := openSQLite(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := migratedStore(t, db)
+	s := storeIn(t, dir)
 	advance(s, 2*garbageGrace)
 	storage, err := newS3Blobs(t.Context(), env["S3_BUCKET"], "", func(name string) string { return env[name] })
 	if err != nil {

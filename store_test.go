@@ -20,11 +20,8 @@ import (
 func eachStore(t *testing.T, test func(t *testing.T, s *store)) {
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		db, err := openPostgres(t.Context(), testDatabase(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		test(t, migratedStore(t, db))
+		s, _ := postgresStore(t)
+		test(t, s)
 	})
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
@@ -44,6 +41,12 @@ func sqliteStore(t testing.TB) *store {
 	if err := os.WriteFile(filepath.Join(dir, "pms.db"), migrated, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return storeIn(t, dir)
+}
+
+// storeIn is a store in the SQLite database of a directory.
+func storeIn(t testing.TB, dir string) *store {
+	t.Helper()
 	db, err := openSQLite(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -68,6 +71,27 @@ var migratedFile = sync.OnceValues(func() ([]byte, error) {
 	}
 	return os.ReadFile(filepath.Join(dir, "pms.db"))
 })
+
+// postgresStore is a store in a PostgreSQL database of its own.
+func postgresStore(t testing.TB) (*store, *postgres) {
+	t.Helper()
+	db, err := openPostgres(t.Context(), testDatabase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return migratedStore(t, db), db
+}
+
+// storeAway is a store whose database is away.
+func storeAway(t *testing.T) *store {
+	t.Helper()
+	db, err := openPostgres(t.Context(), "postgres://nobody@127.0.0.1:1/none")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	return newStore(db)
+}
 
 // migratedStore is a store whose database has the schema and user 1.
 func migratedStore(t testing.TB, db database) *store {
