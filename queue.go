@@ -386,10 +386,8 @@ type amqpPublisher struct {
 
 func newAMQPPublisher(ctx context.Context, link *amqpLink, queue string) (*amqpPublisher, error) {
 	p := &amqpPublisher{link: link, queue: queue}
-	err := link.call(ctx, func() (err error) {
-		if p.ch, err = link.conn.Channel(); err != nil {
-			return err
-		}
+	err := link.onChannel(ctx, func(ch *amqp.Channel) error {
+		p.ch = ch
 		p.closed = p.ch.NotifyClose(make(chan *amqp.Error, 1))
 		p.returns = p.ch.NotifyReturn(make(chan amqp.Return, confirmWindow))
 		return p.ch.Confirm(false)

@@ -129,10 +129,8 @@ func newAMQPConsumer(ctx context.Context, link *amqpLink, prefetch int) (*amqpCo
 
 // subscribe has the broker send messages on a channel of their own.
 func (c *amqpConsumer) subscribe(ctx context.Context) error {
-	err := c.link.call(ctx, func() (err error) {
-		if c.ch, err = c.link.conn.Channel(); err != nil {
-			return err
-		}
+	err := c.link.onChannel(ctx, func(ch *amqp.Channel) (err error) {
+		c.ch = ch
 		c.closed = c.ch.NotifyClose(make(chan *amqp.Error, 1))
 		c.canceled = c.ch.NotifyCancel(make(chan string, 1))
 		if err := c.ch.Qos(int(c.prefetch), 0, false); err != nil {
