@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/url"
 	"strconv"
-	"text/tabwriter"
 )
 
 func addUserCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
@@ -93,7 +92,7 @@ func deadListCommand(p *program, ctx context.Context, flags *flag.FlagSet, args 
 }
 
 func (p *program) printDeadLetters(ctx context.Context, db *store, filter deadFilter) error {
-	table := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+	table := newTable(p.stdout)
 	fmt.Fprintln(table, "ID\tPRODUCT\tATTEMPTS\tFAILED AT\tERROR\tSOURCE")
 	for after := int64(0); ; {
 		letters, err := db.DeadLetters(ctx, filter, after, maxLimit)

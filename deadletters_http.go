@@ -48,7 +48,7 @@ func readDeadPage(raw string) (f deadFilter, after *cursor, limit int, err error
 	}
 	limit = defaultLimit
 	f, wrong := readDeadFilter(query)
-	wrong.check(query, "limit", func(v string) (err error) { limit, err = readLimit(v); return err })
+	wrong.check(query, "limit", func(v string) (err error) { limit, err = readNumber(v, maxLimit); return err })
 	wrong.check(query, "cursor", func(v string) (err error) { after, err = parseCursor(v, deadLetterSort); return err })
 	return f, after, limit, wrong.err()
 }

@@ -461,7 +461,7 @@ func readFilter(raw string) (productFilter, error) {
 	}
 	var wrong invalidInput
 	f.readSelection(query, &wrong)
-	wrong.check(query, "limit", func(v string) (err error) { f.Limit, err = readLimit(v); return err })
+	wrong.check(query, "limit", func(v string) (err error) { f.Limit, err = readNumber(v, maxLimit); return err })
 	wrong.check(query, "sort", func(v string) error {
 		if !sortOrder(v).valid() {
 			return errors.New(`must be id, product_price, created_at or product_name, with "-" before it for descending`)
@@ -494,12 +494,12 @@ func readPrice(v string) (*Price, error) {
 	return &price, err
 }
 
-func readLimit(v string) (int, error) {
-	limit, err := strconv.Atoi(v)
-	if err != nil || limit < 1 || limit > maxLimit {
-		return 0, fmt.Errorf("must be a whole number from 1 to %d", maxLimit)
+func readNumber(v string, most int) (int, error) {
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 1 || n > most {
+		return 0, fmt.Errorf("must be a whole number from 1 to %d", most)
 	}
-	return limit, nil
+	return n, nil
 }
 
 func checkText(v string) error {

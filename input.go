@@ -139,7 +139,7 @@ const maxDepth = 32
 func checkValue(d *json.Decoder, depth int) error {
 	token, err := d.Token()
 	if err != nil {
-		return &badJSON{detail: "the body is not valid JSON: " + jsonErrorText(err)}
+		return notJSON(err)
 	}
 	delim, nested := token.(json.Delim)
 	if !nested {
@@ -153,28 +153,30 @@ func checkValue(d *json.Decoder, depth int) error {
 		if delim == '{' {
 			name, err := d.Token()
 			if err != nil {
-				return &badJSON{detail: "the body is not valid JSON: " + jsonErrorText(err)}
+				return notJSON(err)
 			}
-			if text := name.(string); names[text] {
+			text := name.(string)
+			if names[text] {
 				return &badJSON{detail: fmt.Sprintf("the body has the field %.*q twice", maxNameLength, text)}
 			}
-			names[name.(string)] = true
+			names[text] = true
 		}
 		if err := checkValue(d, depth+1); err != nil {
 			return err
 		}
 	}
 	if _, err := d.Token(); err != nil {
-		return &badJSON{detail: "the body is not valid JSON: " + jsonErrorText(err)}
+		return notJSON(err)
 	}
 	return nil
 }
 
-func jsonErrorText(err error) string {
+func notJSON(err error) error {
+	text := strings.TrimPrefix(err.Error(), "json: ")
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return "it ends too soon"
+		text = "it ends too soon"
 	}
-	return strings.TrimPrefix(err.Error(), "json: ")
+	return &badJSON{detail: "the body is not valid JSON: " + text}
 }
 
 // productInput collects what is wrong with a product's fields while it reads

@@ -148,19 +148,22 @@ func parse(flags *flag.FlagSet, args []string, want int) ([]string, error) {
 
 func printManual(w io.Writer) {
 	fmt.Fprint(w, "pms keeps a shop's products and compresses their images.\n\nCommands:\n")
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	table := newTable(w)
 	for _, cmd := range commands() {
 		fmt.Fprintf(table, "  %s\t%s\n", strings.TrimSpace(cmd.name+" "+cmd.args), cmd.help)
 	}
 	fmt.Fprint(table, "  help\tthis manual\n")
 	table.Flush()
 	fmt.Fprint(w, "\nSettings, from the environment or from the file .env:\n")
-	table = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	table = newTable(w)
 	for _, s := range new(config).settings() {
 		fmt.Fprintf(table, "  %s\t%s\t%s\n", s.name, s.fallback, s.help)
 	}
 	table.Flush()
 }
+
+// newTable lines up columns that are written with tabs between them.
+func newTable(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 0, 2, ' ', 0) }
 
 func newLogger(c config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: c.LogLevel}

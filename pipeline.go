@@ -520,8 +520,7 @@ const (
 // outages are not the image's fault and cost it no attempt. It gives up when ctx
 // ends, and at once when the image is no longer wanted or is to be put off.
 func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error {
-	delay := minPersistDelay
-	for {
+	for delay := minPersistDelay; ; delay = min(2*delay, maxPersistDelay) {
 		err := do()
 		if err == nil || errors.Is(err, errNotFound) || errors.Is(err, errPutOff) {
 			return err
@@ -531,6 +530,5 @@ func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error 
 		}
 		w.log.Warn("waiting for the database or the storage", "retry_in", delay, "err", err)
 		_ = sleep(ctx, delay)
-		delay = min(2*delay, maxPersistDelay)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"runtime/pprof"
 	"runtime/trace"
-	"strconv"
 	"time"
 )
 
@@ -58,14 +57,10 @@ func readProfileQuery(raw string) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	if !query.Has("seconds") {
-		return profileSeconds * time.Second, nil
-	}
-	seconds, err := strconv.Atoi(query.Get("seconds"))
-	if err != nil || seconds < 1 || seconds > maxProfileSeconds {
-		return 0, invalidInput{{"seconds", fmt.Sprintf("must be a whole number from 1 to %d", maxProfileSeconds)}}
-	}
-	return time.Duration(seconds) * time.Second, nil
+	seconds := profileSeconds
+	var wrong invalidInput
+	wrong.check(query, "seconds", func(v string) (err error) { seconds, err = readNumber(v, maxProfileSeconds); return err })
+	return time.Duration(seconds) * time.Second, wrong.err()
 }
 
 // record runs a recorder that the process has only one of, for the given time

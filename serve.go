@@ -47,7 +47,6 @@ type app struct {
 	cacheName  string
 	blobs      blobs
 	media      *fileBlobs // blobs, if they are files
-	publicURL  string
 	objectURL  func(key string) string
 	parts      []part
 	dispatcher *dispatcher
@@ -97,10 +96,6 @@ func (a *app) open(ctx context.Context) (err error) {
 		if a.listener, err = net.Listen("tcp", addr); err != nil {
 			return err
 		}
-	}
-	a.publicURL = strings.TrimSuffix(a.PublicURL, "/")
-	if a.publicURL == "" && a.name != "worker" {
-		a.publicURL = "http://" + a.listener.Addr().String()
 	}
 	if a.store, err = a.openStore(ctx); err != nil {
 		return err
@@ -179,7 +174,11 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 		a.blobs, a.objectURL = s3, s3.URL
 		return s3.Ping, nil
 	}
-	files, err := newFileBlobs(filepath.Join(a.DataDir, "media"), a.publicURL)
+	base := a.PublicURL
+	if base == "" && a.name != "worker" {
+		base = "http://" + a.listener.Addr().String()
+	}
+	files, err := newFileBlobs(filepath.Join(a.DataDir, "media"), base)
 	if err != nil {
 		return nil, fmt.Errorf("open the images in %s: %w", a.DataDir, err)
 	}

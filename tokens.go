@@ -9,7 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"regexp"
-	"text/tabwriter"
 	"time"
 )
 
@@ -140,7 +139,7 @@ func listTokensCommand(p *program, ctx context.Context, flags *flag.FlagSet, arg
 		if err != nil {
 			return err
 		}
-		table := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+		table := newTable(p.stdout)
 		fmt.Fprintln(table, "ID\tUSER\tNAME\tROLE\tCREATED AT\tLAST USED")
 		for _, t := range tokens {
 			role, used := "user", "never"

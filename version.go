@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"runtime/debug"
-	"text/tabwriter"
 
 	"github.com/VictoriaMetrics/metrics"
 )
@@ -59,7 +58,7 @@ func versionCommand(p *program, ctx context.Context, flags *flag.FlagSet, args [
 	if b.modified {
 		changes = ", with changes"
 	}
-	table := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+	table := newTable(p.stdout)
 	fmt.Fprintf(table, "pms\t%s\nrevision\t%s%s\ntime\t%s\ngo\t%s\n", b.version, b.revision, changes, b.time, b.goBuild)
 	return table.Flush()
 }
