@@ -28,8 +28,8 @@ var (
 	errOtherSite = &httpError{http.StatusForbidden, "a page of another site may not do this"}
 )
 
-// crossOrigin knows requests that a page of another site has its reader's browser
-// send. Without tokens they would be anybody's who looks at it.
+// crossOrigin recognises requests that a page of another site makes a browser
+// send. Without tokens any page that somebody looks at could use the API.
 var crossOrigin = http.NewCrossOriginProtection()
 
 // authenticate finds out who calls, and notes it in the recorder. With
@@ -112,9 +112,9 @@ const (
 	// at the database, so that cached reads need none. A revoked token is accepted
 	// that long at most, while the database answers.
 	tokenTime = 5 * time.Second
-	// tokenGrace is how long a token counts as valid that the database cannot be
-	// asked about. What needs no database works on without it, and so do those who
-	// look what is wrong.
+	// tokenGrace is how long a token that was valid counts as valid while the
+	// database cannot be asked. So what needs no database goes on, and those who
+	// look into the outage are let in.
 	tokenGrace = 10 * time.Minute
 	// tokenPatience is how long the database may take over a token that is known.
 	tokenPatience = time.Second
@@ -138,8 +138,8 @@ type knownCaller struct {
 // askToken answers whose token it is, or errNotFound.
 type askToken func(context.Context, tokenSum) (caller, error)
 
-// look answers whose token it is. Of those who have to ask at once, one does for
-// all, so the question does not end with its caller.
+// look answers whose token it is. One request asks the database for all that would
+// ask at the same time, so the question does not end with that request.
 func (c *tokenCache) look(ctx context.Context, sum tokenSum, ask askToken) (knownCaller, error) {
 	known, ok := c.find(sum)
 	if ok && time.Now().Before(known.next) {
@@ -183,8 +183,8 @@ func (c *tokenCache) lookAgain(ctx context.Context, sum tokenSum, ask askToken) 
 	return known, nil
 }
 
-// tokenWatch ends with its caller's token what may go on for ever. That takes as
-// long as for requests; a database that cannot be asked ends nothing.
+// tokenWatch ends what may go on for ever when its caller's token is revoked, as
+// soon as a request would be refused. A database that cannot be asked ends nothing.
 type tokenWatch struct {
 	expired <-chan time.Time // then the token has to be looked at again; nil: there is none
 	look    func() (knownCaller, error)

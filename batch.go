@@ -17,7 +17,7 @@ import (
 // batchEntry is a product that CreateProducts is to store, and what came of it.
 type batchEntry struct {
 	Product            // its ID is set if it is there
-	Key         string // makes that it is created once, as idempotency does; "": none
+	Key         string // under which it is created once, as with idempotency; "": none
 	Fingerprint []byte // of what the key stands for
 	Existed     bool   // it had been created under its key before
 	Err         error  // why this entry alone is refused; one that has it already is left alone

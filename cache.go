@@ -223,8 +223,8 @@ func (c *cache) load(ctx context.Context, id int64, f flight) (document, error) 
 	return doc, nil
 }
 
-// join takes part in a flight, or starts it. Where there is nothing to fill there
-// is none, since it would cost a tenth of the load: productLoader has readers
+// join takes part in a flight, or starts it. If the backend is not to be filled
+// there is none: it would cost a tenth of the load, and productLoader has readers
 // share queries as well.
 func (c *cache) join(ctx context.Context, id int64, f flight) (document, error) {
 	if !f.fill {
@@ -285,9 +285,9 @@ func (c *cache) notThere(id int64, f flight) {
 }
 
 // Invalidate says that version of a product was committed, the first included,
-// or that it was deleted if version is tombstone or above. From its return on this instance
-// serves nothing older; the others learn of it through the backend. It never
-// blocks and never fails.
+// or that it was deleted if version is tombstone or above. From its return on this
+// instance serves nothing older; the others learn of it through the backend. It
+// never blocks and never fails.
 func (c *cache) Invalidate(id, version int64) {
 	if !c.floors.write(id, min(version, tombstone)) {
 		cacheErrors.Inc()

@@ -155,8 +155,9 @@ func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, chan
 	return replayed, changed, nil
 }
 
-// queueAnew updates those of the images that the SQL in update wants, of the
-// products that the SQL in owners finds, and raises these products' versions.
+// queueAnew runs update, which queues those of the images anew that meet its
+// condition, and raises their products' versions. owners finds these products, so
+// that they are locked first.
 func (s *store) queueAnew(ctx context.Context, ids []int64, owners, update string) (queued int, changed []productVersion, err error) {
 	err = s.InTx(ctx, func(tx querier) error {
 		products, err := queryIDs(ctx, tx, owners, ids)

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// deadQueue is what of the queue holds the copies of dead letters.
+// deadQueue is the part of the queue that holds the copies of dead letters.
 type deadQueue interface {
 	DeadCopies(ctx context.Context) (int, error)
 	SweepDead(ctx context.Context, judge func(context.Context, []deadCopy) (stay []bool, err error), dead iter.Seq2[Job, error]) error

@@ -50,9 +50,9 @@ func newEventFeed(db *store, log *slog.Logger) *eventFeed {
 // Wake says that there may be an event. It never blocks.
 func (f *eventFeed) Wake() { poke(f.wake) }
 
-// listen begins to pass events on. All that the log does not have yet will come;
-// of what it has, the listener reads what it needs, and passes over what comes to
-// it twice. from is a place near the end of the log, for the first to listen.
+// listen begins to pass events on: all that are not in the log yet. The listener
+// reads those before them itself, and skips what it then gets twice. from is where
+// the feed begins if nobody else listens, a place near the end of the log.
 func (f *eventFeed) listen(from place, wants func(event) bool) *listener {
 	l := &listener{feed: f, wants: wants, events: make(chan *event, feedBacklog)}
 	f.mu.Lock()
@@ -72,8 +72,8 @@ func (l *listener) leave() {
 }
 
 // caughtUp answers the place up to which the listener has taken all that it
-// wants, if nothing is waiting for it. Who was left behind has missed some, also
-// once it has emptied its channel.
+// wants, if nothing is waiting for it. One that was left behind has missed some,
+// even when its channel is empty.
 func (l *listener) caughtUp() (at place, ok bool) {
 	l.feed.mu.Lock()
 	defer l.feed.mu.Unlock()

@@ -227,8 +227,8 @@ func (e *eventStream) insist(do func(context.Context) error) error {
 	}
 }
 
-// beat is a sign of life. It tells how far the client has come, which else a
-// client would not learn of whose products nothing happens.
+// beat is a sign of life. It also tells the client its place in the log, which it
+// would not learn otherwise while nothing happens that it wants.
 func (e *eventStream) beat(l *listener) error {
 	if at, ok := l.caughtUp(); ok && at.after(e.told) {
 		return e.mark(at)

@@ -9,8 +9,8 @@ import (
 // productStream tells a client what becomes of one product's images.
 //
 // It begins with what the product shows, or, for a client that comes back, with
-// the events since. What it passes over is told by ids alone: those of one
-// product's events are in the order of its changes, see schema.sql.
+// the events since. Which events have been told it knows by ids alone: those of
+// one product's events ascend in the order of its changes, see schema.sql.
 type productStream struct {
 	*eventStream
 	server  *server
@@ -88,9 +88,8 @@ func (p *productStream) take(at place) {
 	}
 }
 
-// tell sends what the product shows at a place and was not told before. Of one
-// that nothing was told of, a pending image that was never tried is nothing to
-// tell.
+// tell sends what the product shows at a place and was not told before. If nothing
+// was told before, images that are pending and were never tried are left out.
 //
 // These events have the place before everything, from which a client that has
 // seen only some of them begins anew; the last one's place comes after them.

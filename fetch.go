@@ -104,8 +104,8 @@ func newFetcher(limits fetchLimits) *fetcher {
 
 // Fetch downloads url whole; the caller must release the body. What the origin or
 // the URL is to blame for is an *imageError. When ctx ends Fetch returns ctx's error
-// as it is, when the host is busy errHostBusy, when there is no memory errNoRoom, and
-// our own want (no free file descriptor) is an ordinary error.
+// as it is, when the host is busy errHostBusy, and when there is no memory errNoRoom.
+// What we lack ourselves (a free file descriptor) is an ordinary error.
 func (f *fetcher) Fetch(ctx context.Context, url string) ([]byte, error) {
 	u, problem := parseImageURL(url)
 	if problem != "" {

@@ -109,8 +109,8 @@ func (s *server) operationRoutes(mux *http.ServeMux) {
 	s.route(mux, "GET /debug/pprof/{profile}", adminToken, s.profile)
 }
 
-// noQuery refuses every query parameter. What answers a query reads it with
-// readQuery; files alone take no notice of theirs.
+// noQuery refuses every query parameter. Routes that have some read them with
+// readQuery; only those that serve files ignore a query.
 func noQuery(h handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		if r.URL.RawQuery != "" {
@@ -313,13 +313,13 @@ func noting(begun *bool, may func(Product) error) func(Product) error {
 	}
 }
 
-// lostWriteTime is how long a client whose write failed waits for that to be
-// looked into: a database that was not just cut off from us takes longer anyway.
+// lostWriteTime is how long afterLostWrite keeps a client waiting. A database that
+// can answer does so sooner.
 const lostWriteTime = time.Second
 
 // afterLostWrite tells the caches what came of a write that failed, if it had
-// begun: its commit may have got through and only the answer been lost, and nobody
-// else tells. While the database is away nothing is known; then CACHE_TTL bounds
+// begun: perhaps it was committed and only the answer was lost, and nobody else
+// would tell. While the database is away nothing is known; then CACHE_TTL bounds
 // how long the older version is shown. It answers the write's own error.
 func (s *server) afterLostWrite(ctx context.Context, id int64, begun bool, err error) error {
 	if !begun {

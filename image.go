@@ -176,8 +176,8 @@ func (h imageHeader) outputSizes(maxSide int, widths []int) []image.Point {
 	return append([]image.Point{{fitW, fitH}}, h.variantSizes(fitW, widths)...)
 }
 
-// variantSizes are those of the widths, which go from the widest down, that are
-// narrower than the image, whose own width is fit.
+// variantSizes are the sizes of an image's variants: of those widths that are less
+// than fit, the width of the image itself. They go from the widest down.
 func (h imageHeader) variantSizes(fit int, widths []int) (sizes []image.Point) {
 	w, ht := h.Orientation.size(h.Width, h.Height)
 	for _, width := range widths {

@@ -13,8 +13,8 @@ import (
 )
 
 // A batch ends with one of these, so that an import of any length takes the same
-// memory. It ends sooner when the next row has not come yet: who sends slowly has
-// results soon, and of who sends fast more arrives while a batch is stored.
+// memory. It ends sooner when the next row has not come yet: a slow client has
+// results soon, and of a fast one more rows arrive while a batch is stored.
 const (
 	batchRowsMost  = 200
 	batchBytesMost = 1 << 20
@@ -32,7 +32,7 @@ type importer struct {
 	stored func(id int64) // is told of each new product
 	wake   func()         // images are due
 	from   origin
-	key    string // makes that a row is imported once, however often the import is sent; "": nothing does
+	key    string // under which each row is imported once, however often the import is sent; "": none
 
 	summary importSummary
 	batch   []batchEntry

@@ -130,10 +130,11 @@ func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error
 // sql puts the query together. Values go in as parameters, but the limit, which
 // is a number, stands in the text, where the planner sees it.
 //
-// A user's list is ordered by the user first, and the user is one of an array: so
-// PostgreSQL does not see that they are all the same and cannot read everybody's
-// products in the order of the list, which looks cheap and has no bound, but only
-// the user's own, by the index that has the user before the order.
+// A user's list is ordered by the user first, and the user is given as an array of
+// one. PostgreSQL then does not see that the user is the same in all rows, and has
+// to read the user's own products, by the index on user and order. Else it might
+// read everybody's in the order of the list until the page is full, which looks
+// cheap and has no bound.
 func (f productFilter) sql() (string, []any, error) {
 	var where []string
 	var args []any

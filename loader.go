@@ -16,9 +16,9 @@ const (
 	maxLoadBatch = 100
 )
 
-// productLoader is the productReader that asks the database. Readers of one
-// product at once share a read, but only one that begins after each of them has
-// come: so everybody sees what was committed before.
+// productLoader is the productReader that asks the database. Those who want one
+// product at the same time share a read, but only one that begins after the last
+// of them has come: so each sees what was committed before it asked.
 type productLoader struct {
 	store *store
 	encoder
@@ -101,9 +101,9 @@ func (l *productLoader) take() (batch map[int64]*productLoad) {
 	return batch
 }
 
-// read answers every load of a batch. While the database hangs it answers those
-// too that wait for the next query, which would wait as long for nothing: so each
-// reader has its answer within loadTimeout of the query that it waits for.
+// read answers every load of a batch. If the database hangs it also fails those
+// that wait for the next query, which would only hang in turn: so no reader waits
+// longer than one query may take.
 func (l *productLoader) read(batch map[int64]*productLoad) {
 	ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
 	defer cancel()

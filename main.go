@@ -131,17 +131,17 @@ func wantsHelp(args []string) bool {
 	return slices.ContainsFunc(args, func(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" })
 }
 
-// parse reads a command's flags. It leaves want words behind them, or any
-// number but none if want is negative.
-func parse(flags *flag.FlagSet, args []string, want int) ([]string, error) {
+// parse reads a command's flags and answers the words behind them, of which there
+// may be most; a negative number is no bound.
+func parse(flags *flag.FlagSet, args []string, most int) ([]string, error) {
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return nil, err
 		}
 		return nil, usageError{fmt.Errorf("%s: %w", flags.Name(), err)}
 	}
-	if n := flags.NArg(); want >= 0 && n > want {
-		return nil, usagef("%s: unexpected argument %q", flags.Name(), flags.Arg(want))
+	if most >= 0 && flags.NArg() > most {
+		return nil, usagef("%s: unexpected argument %q", flags.Name(), flags.Arg(most))
 	}
 	return flags.Args(), nil
 }

@@ -56,9 +56,9 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 	}
 }
 
-// logRequest writes the line of a request. It makes the record itself, since a
-// Logger would look for the line of source that it comes from, which no line
-// shows, and for the time, at a tenth of the line's cost.
+// logRequest writes the line of a request. It makes the record itself: a Logger
+// would also look up the time and the line of source, which the log does not show,
+// and that is a tenth of the cost.
 func (s *server) logRequest(rec *recorder, r *http.Request, start time.Time, duration time.Duration) {
 	level := slog.LevelInfo
 	if rec.route.quiet {
@@ -185,8 +185,9 @@ func (s *server) admit(rec *recorder, r *http.Request, access access, h handler)
 	return h(rec, r)
 }
 
-// placeFor is where a request begins. Those who ask how the program is are to
-// learn that it is busy; what everybody may ask of that costs next to nothing.
+// placeFor is the place that a request takes first. Metrics have places of their
+// own, so that a busy program can be watched; probes, which everybody may send,
+// cost next to nothing and need none.
 func (s *server) placeFor(route *routeStats, access access) *places {
 	switch {
 	case !route.quiet:

@@ -57,8 +57,8 @@ const maxRetryDelay = 5 * time.Minute
 
 // pipeline takes images through its stages, each with workers of its own and a
 // channel without a buffer to the next: download → admit → decode → compress →
-// upload → settle. A failure of an image travels with it to the last stage, the only one
-// that writes down what has become of it and lets go of the delivery.
+// upload → settle. A failure of an image travels with it to the last stage, the
+// only one that writes down what has become of it and lets go of the delivery.
 type pipeline struct {
 	imageSettings
 	store      *store
@@ -120,9 +120,9 @@ func (p *pipeline) Run(ctx, stop context.Context) error {
 	return group.Wait()
 }
 
-// processors run what needs a CPU rather than the network, at most so many at
-// once as there are: on threads of their own, which step back for the rest of
-// the program. An API in the same process stays quick while images are made.
+// processors run what needs a CPU rather than the network, each one thing at a
+// time, on threads of their own, which step back for the rest of the program. An
+// API in the same process stays quick while images are made.
 type processors chan func()
 
 func startProcessors(group *errgroup.Group, n int) processors {
@@ -409,11 +409,10 @@ func (p *pipeline) putOff(ctx context.Context, w *work) error {
 	return w.delivery.Ack()
 }
 
-// letGo settles the delivery of an image that is no longer wanted. One that is
-// dead already goes where its worker would have sent it, had it not ended
-// between the commit and that. (What it does not know, deadKeeper mends.) Nor may
-// anybody know of the product's version: a worker that ended, or lost the answer
-// to its commit, did not tell.
+// letGo settles the delivery of an image that is no longer wanted. If it is dead
+// already, its worker may have ended between the commit and the reject, which is
+// then done here. (What is missed here, deadKeeper mends.) That worker, or one that
+// lost the answer to its commit, may not have told of the product's version either.
 func (p *pipeline) letGo(ctx context.Context, w *work) error {
 	if w.outputs != nil {
 		discard := func() error { return p.store.DiscardUnwanted(ctx, w.image.ID, w.image.keys()) }

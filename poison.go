@@ -29,8 +29,8 @@ func poisonError(starts int) *imageError {
 const countLoneStart = `UPDATE images SET lone_starts = lone_starts + 1 WHERE id = $1 AND status = 'pending' RETURNING lone_starts`
 
 // CountLoneStart notes that a pending image is about to be started with nothing
-// else in hand, and answers the how manieth time in a row that is. errNotFound as
-// for PendingImage.
+// else in hand, and answers how many such starts in a row that makes. errNotFound
+// as for PendingImage.
 func (s *store) CountLoneStart(ctx context.Context, id int64) (starts int, err error) {
 	err = changedRow(ctx, s, []any{&starts}, countLoneStart, id)
 	return starts, wrap(fmt.Sprintf("count start of image %d", id), err)

@@ -67,10 +67,10 @@ func splitDecimal(s string) (digits string, exponent int, err error) {
 		if !isDigits(sign) || len(power)-len(sign) > 1 {
 			return "", 0, errPriceSyntax
 		}
-		// Atoi clamps to the int range where the digits overflow it; so far
-		// out the sign alone decides. Halving keeps the sums below in range.
+		// So far out the sign alone decides: Atoi clamps to the range of int, and
+		// this further, so that the sums below do not overflow.
 		exponent, _ = strconv.Atoi(power)
-		exponent = min(max(exponent, -1<<31), 1<<31)
+		exponent = min(max(exponent, -1<<30), 1<<30)
 	}
 	return whole + fraction, exponent - len(fraction), nil
 }

@@ -27,7 +27,7 @@ const (
 const (
 	// deliveryLimit is how often a message may come back before the broker gives
 	// it up. Each prefetched message of a killed worker counts one, so it must be
-	// well above a handful; poison.go says what becomes of whom it meets.
+	// well above a handful; poison.go says what becomes of those that reach it.
 	deliveryLimit = 20
 	// noDeliveryLimit keeps the dead queue's messages however often they are
 	// looked at; RabbitMQ 4 would drop them after 20 times by default.

@@ -21,7 +21,7 @@ func suspect(message amqp.Delivery) bool { return deliveryCount(message) >= susp
 // handOutAlone hands a suspect out while nothing else is in hand, so that what
 // happens then is its own doing. It stops the subscription, lets what came with
 // the suspect be finished, hands out one suspect after the other, and subscribes
-// anew. Those that came back less often go first: they are rather the innocents.
+// anew. Those that came back less often go first: they are more likely innocent.
 // When ctx ends it gives back the suspects that it still has, and leaves c
 // without a subscription.
 func (q *rabbitQueue) handOutAlone(ctx context.Context, c *amqpConsumer, first amqp.Delivery, out chan<- Delivery) error {

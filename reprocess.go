@@ -11,8 +11,8 @@ import (
 // become garbage, see SettleReady; when it fails it keeps them.
 
 // isMade is what makes an image one that can be made again, in SQL: it has been
-// made, and is not in work. One that failed when it was made again is a dead
-// letter, and also that, be it discarded.
+// made, and is not in work. That includes one that failed when it was made again,
+// which is a dead letter too or was discarded.
 const isMade = `status <> 'pending' AND object_key <> ''`
 
 // madeFilter selects images that have been made; its zero value selects all.

@@ -97,8 +97,8 @@ type row struct {
 	problem error // what is wrong with this row alone
 }
 
-// next reads the next row that is not blank. After an error, which is on the
-// answer's line, there are no more; io.EOF says that none is missing.
+// next reads the next row that is not blank. An error, which is on the line of the
+// row that comes with it, ends the rows; io.EOF says that none is missing.
 func (r *rowReader) next() (row, error) {
 	line, text, err := r.nextText()
 	if errors.Is(err, errRowTooLong) {

@@ -354,7 +354,7 @@ func (a *app) process(ctx, stop context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(stop, func() { time.AfterFunc(a.ShutdownGrace, cancel) })()
-	// The processors keep this many of Go's own busy; the others need theirs.
+	// The pipeline's processors keep as many threads busy; the others need theirs.
 	runtime.GOMAXPROCS(cpus + a.Image.Workers)
 	limits := a.FetchLimits
 	limits.Memory = a.Image.Memory

@@ -43,8 +43,7 @@ func (s tokenSum) equal(to []byte) bool { return subtle.ConstantTimeCompare(s[:]
 
 func sumOf(token string) tokenSum { return sha256.Sum256([]byte(token)) }
 
-// apiToken is what is known of a token. The token itself nobody knows but its
-// holder.
+// apiToken is what is known of a token. Only its holder knows the token itself.
 type apiToken struct {
 	caller
 	ID        int64

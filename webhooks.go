@@ -20,7 +20,7 @@ type webhook struct {
 	ID        int64
 	UserID    *int64 // whose products; nil: all
 	URL       string
-	Secret    string // empty but where it is needed
+	Secret    string // read only where it is needed
 	CreatedAt time.Time
 	GoneAt    *time.Time // since then it gets nothing; nil: it does
 	LastAt    *time.Time // of the last try of a delivery; nil: none yet
