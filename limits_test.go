@@ -203,14 +203,19 @@ func TestSlowClientsTakeNoPlaceFromOthers(t *testing.T) {
 // A client that does not read its answer holds no place.
 func TestAnswersHoldNoPlace(t *testing.T) {
 	t.Parallel()
-	var l requestLimits
-	rec := &recorder{ResponseWriter: httptest.NewRecorder(), limits: &l}
-	if err := rec.enter(&l.working); err != nil || l.working.taken.Load() != 1 {
-		t.Fatalf("%d places, %v", l.working.taken.Load(), err)
-	}
-	rec.WriteHeader(http.StatusOK)
-	if n := l.working.taken.Load(); n != 0 {
-		t.Errorf("%d places are taken while an answer is sent", n)
+	for name, answer := range map[string]func(*recorder){
+		"with a header":     func(rec *recorder) { rec.WriteHeader(http.StatusOK) },
+		"by its body alone": func(rec *recorder) { rec.Write([]byte("x")) },
+	} {
+		var l requestLimits
+		rec := &recorder{ResponseWriter: httptest.NewRecorder(), limits: &l, route: unrouted}
+		if err := rec.enter(&l.working); err != nil || l.working.taken.Load() != 1 {
+			t.Fatalf("%d places, %v", l.working.taken.Load(), err)
+		}
+		answer(rec)
+		if n := l.working.taken.Load(); n != 0 {
+			t.Errorf("%s: %d places are taken while an answer is sent", name, n)
+		}
 	}
 }
 

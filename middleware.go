@@ -143,7 +143,7 @@ func (rec *recorder) Write(data []byte) (int, error) {
 		return len(data), nil
 	}
 	if rec.status == 0 {
-		rec.status = http.StatusOK
+		rec.WriteHeader(http.StatusOK)
 	}
 	n, err := rec.ResponseWriter.Write(data)
 	rec.bytes += int64(n)

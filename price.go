@@ -16,7 +16,7 @@ const maxPrice Price = 9_999_999_999_99
 // The ways in which a price can be wrong, worded for the client who sent it.
 var (
 	errPriceSyntax    = errors.New("must be a number or a decimal string such as \"89.90\"")
-	errPriceRange     = errors.New("must be from 0 to 9999999999.99")
+	errPriceRange     = errors.New("must be from 0 to " + maxPrice.String())
 	errPricePrecision = errors.New("must have at most two decimals")
 )
 
