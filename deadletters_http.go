@@ -91,13 +91,7 @@ func readTime(v string) (time.Time, error) {
 	return t, nil
 }
 
-func (s *server) getDeadLetter(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
+func (s *server) getDeadLetter(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
 	letter, err := s.store.DeadLetter(ctx, id)
 	if err != nil {
 		return err
@@ -113,13 +107,7 @@ type replayedJSON struct {
 
 // replayDeadLetter queues one dead letter anew. One that was replayed already
 // is in work, so pressing twice does no harm.
-func (s *server) replayDeadLetter(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
+func (s *server) replayDeadLetter(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
 	n, err := replayOne(ctx, s.store, id, s.invalidate)
 	if err != nil {
 		return err
@@ -154,13 +142,7 @@ func (s *server) afterReplay() {
 	s.replayed()
 }
 
-func (s *server) discardDeadLetter(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
+func (s *server) discardDeadLetter(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
 	if err := s.store.DiscardDead(ctx, id); err != nil {
 		return err
 	}

@@ -64,23 +64,23 @@ func (s *server) routes() http.Handler {
 	s.route(mux, "GET /products", anyToken, s.listProducts)
 	s.route(mux, "PATCH /products/{id}", anyToken, noQuery(s.patchProduct))
 	s.route(mux, "PUT /products/{id}", anyToken, noQuery(s.putProduct))
-	s.route(mux, "DELETE /products/{id}", anyToken, noQuery(s.deleteProduct))
+	s.route(mux, "DELETE /products/{id}", anyToken, noQuery(withID(s.deleteProduct)))
 	s.route(mux, "GET /products/{id}/events", anyToken, noQuery(s.productEvents))
 	s.route(mux, "GET /events", anyToken, s.events)
 	s.route(mux, "POST /webhooks", anyToken, noQuery(s.createWebhook))
 	s.route(mux, "GET /webhooks", anyToken, noQuery(s.listWebhooks))
-	s.route(mux, "GET /webhooks/{id}", anyToken, noQuery(s.getWebhook))
-	s.route(mux, "DELETE /webhooks/{id}", anyToken, noQuery(s.deleteWebhook))
-	s.route(mux, "POST /webhooks/{id}/replay", anyToken, noQuery(s.replayWebhook))
-	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, noQuery(s.reprocessImages))
+	s.route(mux, "GET /webhooks/{id}", anyToken, noQuery(withID(s.getWebhook)))
+	s.route(mux, "DELETE /webhooks/{id}", anyToken, noQuery(withID(s.deleteWebhook)))
+	s.route(mux, "POST /webhooks/{id}/replay", anyToken, noQuery(withID(s.replayWebhook)))
+	s.route(mux, "POST /products/{id}/images/reprocess", anyToken, noQuery(withID(s.reprocessImages)))
 	s.route(mux, "POST /products/import", anyToken, noQuery(s.importProducts))
 	s.route(mux, "GET /products/export", anyToken, s.exportProducts)
 
 	s.route(mux, "GET /dead-letters", adminToken, s.listDeadLetters)
-	s.route(mux, "GET /dead-letters/{id}", adminToken, noQuery(s.getDeadLetter))
-	s.route(mux, "POST /dead-letters/{id}/replay", adminToken, noQuery(s.replayDeadLetter))
+	s.route(mux, "GET /dead-letters/{id}", adminToken, noQuery(withID(s.getDeadLetter)))
+	s.route(mux, "POST /dead-letters/{id}/replay", adminToken, noQuery(withID(s.replayDeadLetter)))
 	s.route(mux, "POST /dead-letters/replay", adminToken, s.replayDeadLetters)
-	s.route(mux, "DELETE /dead-letters/{id}", adminToken, noQuery(s.discardDeadLetter))
+	s.route(mux, "DELETE /dead-letters/{id}", adminToken, noQuery(withID(s.discardDeadLetter)))
 
 	s.route(mux, "GET /{$}", noToken, s.console.page)
 	s.route(mux, "GET /console/{file}", noToken, s.console.file)
@@ -119,6 +119,20 @@ func noQuery(h handler) handler {
 			}
 		}
 		return h(w, r)
+	}
+}
+
+// withID makes a handler of one that is about the thing whose id is in the path,
+// and gives it requestTimeout.
+func withID(h func(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		id, err := pathID(r)
+		if err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+		defer cancel()
+		return h(ctx, w, r, id)
 	}
 }
 
@@ -288,13 +302,7 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request, replace b
 	return nil
 }
 
-func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
+func (s *server) deleteProduct(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
 	var begun bool
 	if err := s.store.DeleteProduct(ctx, id, noting(&begun, allow(w, r))); err != nil {
 		return s.afterLostWrite(ctx, id, begun, err)

@@ -12,13 +12,7 @@ type reprocessedJSON struct {
 
 // reprocessImages has the images of a product made again. Those that are in work
 // are left alone, so pressing twice does no harm.
-func (s *server) reprocessImages(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
+func (s *server) reprocessImages(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
 	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(w), allow(w, r))
 	if err != nil {
 		return err

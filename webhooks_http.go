@@ -109,13 +109,9 @@ func (in *productInput) webhook() (hook webhook) {
 // maxSecretText is longer than any secret.
 const maxSecretText = 200
 
-// ownWebhook reads the webhook in the path. Another's is there for admins alone:
+// ownWebhook reads a webhook of the caller's. Another's is there for admins alone:
 // its URL may be a secret too.
-func (s *server) ownWebhook(ctx context.Context, w http.ResponseWriter, r *http.Request) (webhook, error) {
-	id, err := pathID(r)
-	if err != nil {
-		return webhook{}, err
-	}
+func (s *server) ownWebhook(ctx context.Context, w http.ResponseWriter, id int64) (webhook, error) {
 	hook, err := s.store.Webhook(ctx, id)
 	if err != nil {
 		return webhook{}, err
@@ -144,10 +140,8 @@ func (s *server) listWebhooks(w http.ResponseWriter, r *http.Request) error {
 // failuresShown is how many of a webhook's failed deliveries are shown.
 const failuresShown = 20
 
-func (s *server) getWebhook(w http.ResponseWriter, r *http.Request) error {
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
-	hook, err := s.ownWebhook(ctx, w, r)
+func (s *server) getWebhook(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
+	hook, err := s.ownWebhook(ctx, w, id)
 	if err != nil {
 		return err
 	}
@@ -163,10 +157,8 @@ func (s *server) getWebhook(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-func (s *server) deleteWebhook(w http.ResponseWriter, r *http.Request) error {
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
-	hook, err := s.ownWebhook(ctx, w, r)
+func (s *server) deleteWebhook(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
+	hook, err := s.ownWebhook(ctx, w, id)
 	if err != nil {
 		return err
 	}
@@ -179,10 +171,8 @@ func (s *server) deleteWebhook(w http.ResponseWriter, r *http.Request) error {
 
 // replayWebhook queues the failed deliveries of a webhook anew. One that was gone
 // is back.
-func (s *server) replayWebhook(w http.ResponseWriter, r *http.Request) error {
-	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-	defer cancel()
-	hook, err := s.ownWebhook(ctx, w, r)
+func (s *server) replayWebhook(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
+	hook, err := s.ownWebhook(ctx, w, id)
 	if err != nil {
 		return err
 	}
