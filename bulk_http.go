@@ -108,9 +108,6 @@ func (s *server) exportProducts(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// exportFormats are the values of the parameter format.
-var exportFormats = map[string]rowFormat{"ndjson": ndjsonRows, "csv": csvRows}
-
 func readExport(r *http.Request) (f productFilter, format rowFormat, err error) {
 	query, err := readQuery(r.URL.RawQuery, "user_id", "name", "min_price", "max_price", "format")
 	if err != nil {
@@ -124,8 +121,11 @@ func readExport(r *http.Request) (f productFilter, format rowFormat, err error) 
 }
 
 func readRowFormat(v string) (rowFormat, error) {
-	if format, ok := exportFormats[v]; ok {
-		return format, nil
+	switch v {
+	case "ndjson":
+		return ndjsonRows, nil
+	case "csv":
+		return csvRows, nil
 	}
 	return "", errors.New("must be ndjson or csv")
 }

@@ -7,6 +7,7 @@ import (
 	"iter"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"time"
 )
 
@@ -121,7 +122,7 @@ func (k *deadKeeper) judge(ctx context.Context, copies []deadCopy) (stay []bool,
 	dead, err := k.store.deadAmong(ctx, ids)
 	stay = make([]bool, len(copies))
 	for n, id := range ids {
-		stay[n] = dead[id]
+		stay[n] = slices.Contains(dead, id)
 	}
 	return stay, err
 }
@@ -159,16 +160,9 @@ func (s *store) countDeadBefore(ctx context.Context, t time.Time) (all, before i
 const selectDeadAmong = `SELECT id FROM images WHERE id = ANY($1) AND ` + isDead
 
 // deadAmong says which of some images are dead letters.
-func (s *store) deadAmong(ctx context.Context, ids []int64) (map[int64]bool, error) {
-	found, err := queryIDs(ctx, s, selectDeadAmong, ids)
-	if err != nil {
-		return nil, fmt.Errorf("look up dead letters: %w", err)
-	}
-	dead := make(map[int64]bool, len(found))
-	for _, id := range found {
-		dead[id] = true
-	}
-	return dead, nil
+func (s *store) deadAmong(ctx context.Context, ids []int64) ([]int64, error) {
+	dead, err := queryIDs(ctx, s, selectDeadAmong, ids)
+	return dead, wrap("look up dead letters", err)
 }
 
 const selectDeadBefore = `

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 )
 
 // productStream tells a client what becomes of one product's images.
@@ -71,10 +72,7 @@ func (s *server) productEvents(w http.ResponseWriter, r *http.Request) error {
 
 // read reads the product as of now, and the place of the last event that it shows.
 func (p *productStream) read(ctx context.Context) (at place, err error) {
-	product, at, err := p.server.store.ProductAt(ctx, p.id)
-	if err == nil {
-		p.product = product
-	}
+	p.product, at, err = p.server.store.ProductAt(ctx, p.id)
 	return at, err
 }
 
@@ -148,13 +146,9 @@ func (p *productStream) resume(from place, known bool, at place) error {
 	if err != nil {
 		return err
 	}
-	if len(events) == resumeMost {
+	changed := slices.ContainsFunc(events, func(e event) bool { return e.What != imageChanged }) // its images may be others now
+	if changed || len(events) == resumeMost {
 		return p.tell(at)
-	}
-	for _, e := range events {
-		if e.What != imageChanged {
-			return p.tell(at) // its images may be others now
-		}
 	}
 	for _, e := range events {
 		if err := p.image(e.place, e.Image); err != nil {

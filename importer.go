@@ -123,7 +123,7 @@ func (im *importer) run(ctx context.Context) error {
 
 func (im *importer) importRows(ctx context.Context) error {
 	for {
-		if len(im.batch) == batchRowsMost || im.bytes >= batchBytesMost || !im.rows.ready() {
+		if len(im.batch) == batchRowsMost || im.bytes >= batchBytesMost || !im.rows.text.ready() {
 			if err := im.storeBatch(ctx); err != nil {
 				return err
 			}

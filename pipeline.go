@@ -425,7 +425,7 @@ func (p *pipeline) letGo(ctx context.Context, w *work) error {
 	}
 	if w.delivery.Redelivered {
 		dead, err := p.store.deadAmong(ctx, []int64{w.delivery.Job.ID})
-		if err == nil && dead[w.delivery.Job.ID] {
+		if err == nil && len(dead) > 0 {
 			return w.delivery.Reject()
 		}
 	}

@@ -39,10 +39,6 @@ func newRowReader(in io.Reader, format rowFormat) *rowReader {
 	return &rowReader{format: format, text: newRowText(in, format)}
 }
 
-// ready says that there is a next row, and that it can be had without a wait for
-// more of the body.
-func (r *rowReader) ready() bool { return r.text.ready() }
-
 // begin reads what comes before the rows. What is wrong with it is wrong with
 // the whole import.
 func (r *rowReader) begin() error {
@@ -175,6 +171,8 @@ func newRowText(in io.Reader, format rowFormat) rowText {
 	return t
 }
 
+// ready says that there is a next row, and that it can be had without a wait for
+// more of the body.
 func (t *rowText) ready() bool {
 	buffered, _ := t.in.Peek(t.in.Buffered()) // which is there
 	for {

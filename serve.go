@@ -47,7 +47,7 @@ type app struct {
 	cacheName  string
 	blobs      blobs
 	media      *fileBlobs // blobs, if they are files
-	objectURL  func(key string) string
+	encoder    encoder
 	parts      []part
 	dispatcher *dispatcher
 	janitor    *janitor
@@ -112,7 +112,7 @@ func (a *app) open(ctx context.Context) (err error) {
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
 	a.monitor = newMonitor(a.store, a.log)
 	a.feed = newEventFeed(a.store, a.log)
-	a.deliverer = newDeliverer(a.store, encoder{a.objectURL}, a.FetchLimits, a.Image, a.log)
+	a.deliverer = newDeliverer(a.store, a.encoder, a.FetchLimits, a.Image, a.log)
 	a.janitor = newJanitor(a.store, a.blobs, a.log)
 	if copies, ok := a.queue.(deadQueue); ok {
 		a.dead = newDeadKeeper(a.store, copies, a.invalidate, a.dispatcher.Wake, a.log)
@@ -171,7 +171,7 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 		if err != nil {
 			return nil, fmt.Errorf("open S3: %w", err)
 		}
-		a.blobs, a.objectURL = s3, s3.URL
+		a.blobs, a.encoder = s3, encoder{s3.URL}
 		return s3.Ping, nil
 	}
 	base := a.PublicURL
@@ -182,7 +182,7 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 	if err != nil {
 		return nil, fmt.Errorf("open the images in %s: %w", a.DataDir, err)
 	}
-	a.blobs, a.objectURL, a.media = files, files.URL, files
+	a.blobs, a.encoder, a.media = files, encoder{files.URL}, files
 	return files.Ping, nil
 }
 
@@ -190,7 +190,7 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 // any. The one in the process is for a process that is the only one to write.
 func (a *app) openReader() error {
 	var backend cacheBackend
-	a.reader = newProductLoader(a.store, encoder{a.objectURL})
+	a.reader = newProductLoader(a.store, a.encoder)
 	switch {
 	case a.RedisURL == "off", a.RedisURL == "" && a.DatabaseURL != "":
 		a.cacheName = "none"
@@ -393,7 +393,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	s := &server{
 		store:      a.store,
 		products:   a.reader,
-		encoder:    encoder{a.objectURL},
+		encoder:    a.encoder,
 		wake:       a.dispatcher.Wake,
 		invalidate: a.changed,
 		replayed:   a.deadChanged,
