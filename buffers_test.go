@@ -71,10 +71,7 @@ func BenchmarkCompress(b *testing.B) {
 		"photo": encodedJPEG(b, photo(4000, 3000), 90),
 		"alpha": encodedPNG(b, disc(1200)),
 	} {
-		h, err := readImageHeader(data, testPixels)
-		if err != nil {
-			b.Fatal(err)
-		}
+		h := headerOf(b, data)
 		for kind, pool := range map[string]*buffers{"anew": nil, "pooled": new(buffers)} {
 			b.Run(name+"/"+kind, func(b *testing.B) {
 				b.ReportAllocs()

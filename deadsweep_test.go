@@ -143,9 +143,7 @@ var disturbances = map[string]func(t *testing.T, b *burial, job Job){
 		}
 	},
 	"product deleted": func(t *testing.T, b *burial, job Job) {
-		if err := b.store.DeleteProduct(t.Context(), job.ProductID, func(Product) error { return nil }); err != nil {
-			t.Fatal(err)
-		}
+		deleteProduct(t, b.store, job.ProductID)
 	},
 	"image replaced": func(t *testing.T, b *burial, job Job) {
 		_, err := b.store.UpdateProduct(t.Context(), job.ProductID, origin{}, func(Product) error { return nil },

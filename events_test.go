@@ -244,9 +244,7 @@ func TestStreamResumesOnAnotherInstance(t *testing.T) {
 
 		third := listen(t, urls[0]+"/events", second.lastID)
 		wantEvents(t, third, failed)
-		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
-			t.Fatal(err)
-		}
+		deleteProduct(t, s, p.ID)
 		wantEvents(t, third, fmt.Sprintf("product %d deleted 3", p.ID))
 		third.close(t)
 	})
@@ -264,12 +262,8 @@ func TestStreamFilters(t *testing.T) {
 	ofUser := listen(t, url+"/events?user_id=1", "").placed(t)
 	ofProduct := listen(t, fmt.Sprintf("%s/events?user_id=%d&product_id=%d", url, other.UserID, other.ID), "").placed(t)
 	p := create(t, a.store)
-	if err := a.store.DeleteProduct(t.Context(), other.ID, always); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.store.DeleteProduct(t.Context(), p.ID, always); err != nil {
-		t.Fatal(err)
-	}
+	deleteProduct(t, a.store, other.ID)
+	deleteProduct(t, a.store, p.ID)
 	wantEvents(t, ofUser, fmt.Sprintf("product %d created 1", p.ID), fmt.Sprintf("product %d deleted 1", p.ID))
 	wantEvents(t, ofProduct, fmt.Sprintf("product %d deleted 1", other.ID))
 	ofUser.close(t)
@@ -358,9 +352,7 @@ func TestProductStreamEndsWithTheProduct(t *testing.T) {
 	url, _ := a.serve(t)
 	p := create(t, a.store, "https://a.example/1.jpg")
 	l := listen(t, fmt.Sprintf("%s/products/%d/events", url, p.ID), "").placed(t)
-	if err := a.store.DeleteProduct(t.Context(), p.ID, always); err != nil {
-		t.Fatal(err)
-	}
+	deleteProduct(t, a.store, p.ID)
 	if rest, err := io.ReadAll(l.lines); err != nil || len(readEvents(string(rest))) > 0 {
 		t.Errorf("after the deletion: %q, %v", rest, err)
 	}

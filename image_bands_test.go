@@ -81,10 +81,7 @@ func TestPanicOfAPartIsTheCallers(t *testing.T) {
 func TestBandsAreOneImage(t *testing.T) {
 	t.Parallel()
 	data := encodedJPEG(t, photo(300, 601), 90)
-	h, err := readImageHeader(data, testPixels)
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := headerOf(t, data)
 	h.Orientation = 6
 	for _, side := range []int{601, 333, 1} {
 		alone, err := decodeImage(data, h, side, imageTools{})

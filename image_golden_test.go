@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"image"
-	"image/png"
 	"path/filepath"
 	"testing"
 )
@@ -51,10 +49,7 @@ func TestGoldenImages(t *testing.T) {
 			t.Parallel()
 			source := readTestFile(t, filepath.Join("testdata", "golden", name))
 			for _, size := range []string{"whole", "half"} {
-				want, err := png.Decode(bytes.NewReader(readTestFile(t, filepath.Join("testdata", "golden", name+"."+size+".png"))))
-				if err != nil {
-					t.Fatal(err)
-				}
+				want := decoded(t, readTestFile(t, filepath.Join("testdata", "golden", name+"."+size+".png")))
 				side := max(want.Bounds().Dx(), want.Bounds().Dy())
 				c, got := compressWell(t, source, side)
 				if c.Ext != test.ext && size == "half" {
@@ -78,10 +73,7 @@ func compressWell(t *testing.T, source []byte, side int) (compressedImage, image
 
 func compressBest(t *testing.T, source []byte, side int, widths []int) []compressedImage {
 	t.Helper()
-	h, err := readImageHeader(source, testPixels)
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := headerOf(t, source)
 	d, err := decodeImage(source, h, side, imageTools{})
 	if err != nil {
 		t.Fatal(err)
@@ -95,10 +87,7 @@ func compressBest(t *testing.T, source []byte, side int, widths []int) []compres
 
 func decodeResult(t *testing.T, c compressedImage) image.Image {
 	t.Helper()
-	m, _, err := image.Decode(bytes.NewReader(c.Data))
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := decoded(t, c.Data)
 	if c.Ext == formatWebP { // a kept source, which the decoder hands out in video range
 		expandVideoRange(m)
 	}
@@ -107,10 +96,7 @@ func decodeResult(t *testing.T, c compressedImage) image.Image {
 
 // kindOf says in a word what of its kind an image has kept.
 func kindOf(t *testing.T, c compressedImage, m image.Image) string {
-	h, err := readImageHeader(c.Data, testPixels)
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := headerOf(t, c.Data)
 	_, grey := m.(*image.Gray)
 	opaque, _ := m.(interface{ Opaque() bool })
 	switch {

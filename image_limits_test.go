@@ -266,10 +266,7 @@ func TestMemoryOf20Megapixels(t *testing.T) {
 	if !ok || err != nil {
 		t.Fatalf("no figure in %q", out)
 	}
-	h, err := readImageHeader(data, testPixels)
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := headerOf(t, data)
 	t.Logf("20 megapixels of %d kB: %.1f MiB; Cost %.1f MiB, at 2048 %.1f MiB", len(data)>>10,
 		float64(mapped)/(1<<20), float64(h.costAt(maxImageSide, nil))/(1<<20), float64(h.costAt(2048, nil))/(1<<20))
 	if mapped > limit {

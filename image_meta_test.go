@@ -164,10 +164,7 @@ func TestMetadataIsGone(t *testing.T) {
 			if c.ContentType != "image/"+h.Format {
 				t.Errorf("%s became %s; the test means to see a source kept", h.Format, c.ContentType)
 			}
-			before, _, err := image.Decode(bytes.NewReader(data))
-			if err != nil {
-				t.Fatal(err)
-			}
+			before := decoded(t, data)
 			comparePixels(t, got, before, 0, 0)
 		})
 	}

@@ -17,7 +17,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/image/webp"
 )
 
 const (
@@ -68,6 +67,25 @@ func mustCompress(t *testing.T, data []byte, maxSide int) (compressedImage, imag
 		t.Errorf("result is %v, but said to be %d×%d", m.Bounds(), c.Width, c.Height)
 	}
 	return c, m
+}
+
+func headerOf(t testing.TB, data []byte) imageHeader {
+	t.Helper()
+	h, err := readImageHeader(data, testPixels)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// decoded is an image as the standard library, or x/image, sees it.
+func decoded(t testing.TB, data []byte) image.Image {
+	t.Helper()
+	m, _, err := image.Decode(bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
 }
 
 func errorCode(err error) string {
@@ -251,10 +269,7 @@ func TestKeptSourceHoldsNothingElse(t *testing.T) {
 func TestCMYKIsNeverKept(t *testing.T) {
 	t.Parallel()
 	data := goTestdata(t, "testdata/video-001.cmyk.jpeg")
-	h, err := readImageHeader(data, testPixels)
-	if err != nil {
-		t.Fatal(err)
-	}
+	h := headerOf(t, data)
 	if _, ok := keepSource(h, data); ok {
 		t.Error("kept")
 	}
@@ -283,10 +298,7 @@ func TestColourIsKept(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			want, err := png.Decode(bytes.NewReader(test.want))
-			if err != nil {
-				t.Fatal(err)
-			}
+			want := decoded(t, test.want)
 			_, got := mustCompress(t, test.data, 2048)
 			comparePixels(t, got, want, test.mean, 255)
 			_, small := mustCompress(t, test.data, 60)
@@ -333,10 +345,7 @@ func TestPNGSuite(t *testing.T) {
 		t.Run(filepath.Base(name), func(t *testing.T) {
 			t.Parallel()
 			data := readTestFile(t, name)
-			want, err := png.Decode(bytes.NewReader(data))
-			if err != nil {
-				t.Fatal(err)
-			}
+			want := decoded(t, data)
 			_, got := mustCompress(t, data, 2048)
 			comparePixels(t, got, want, 12, 255) // JPEG is hard on such small graphics
 			mustCompress(t, data, 11)
@@ -374,10 +383,7 @@ func TestFirstGIFFrameOnItsCanvas(t *testing.T) {
 func TestFirstWebPFrameOnItsCanvas(t *testing.T) {
 	t.Parallel()
 	still := webpTestdata(t, "gopher-doc.with-alpha.lossless.webp")
-	want, err := webp.Decode(bytes.NewReader(still))
-	if err != nil {
-		t.Fatal(err)
-	}
+	want := decoded(t, still)
 	w, h := want.Bounds().Dx(), want.Bounds().Dy()
 	head := []byte{2, 0, 0, 1, 0, 0, byte(w - 1), byte((w - 1) >> 8), 0, byte(h - 1), byte((h - 1) >> 8), 0, 9, 0, 0, 0}
 	for c := range webpChunks(still) {
@@ -444,10 +450,7 @@ func TestNeverLargerThanUsableSource(t *testing.T) {
 		}
 	}
 	for name, source := range smallImages(t) {
-		h, err := readImageHeader(source, testPixels)
-		if err != nil {
-			t.Fatal(err)
-		}
+		h := headerOf(t, source)
 		if c, _ := mustCompress(t, source, 2048); !h.Orientation.turns() && !h.Animated && len(c.Data) > len(source) {
 			t.Errorf("%s: %d bytes became %d", name, len(source), len(c.Data))
 		}

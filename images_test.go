@@ -203,9 +203,7 @@ func TestStoreDropsTheResultOfAnImageNobodyWants(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "old")
 		job := publishDue(t, s)[0]
-		if err := s.ReserveObject(t.Context(), job.ID, "late"); err != nil {
-			t.Fatal(err)
-		}
+		reserve(t, s, job, "late")
 		if _, err := s.UpdateProduct(t.Context(), p.ID, origin{}, always, setSources("new")); err != nil {
 			t.Fatal(err)
 		}
@@ -229,9 +227,7 @@ func TestStoreUploadsAgainWhatWasCollectedTooSoon(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		create(t, s, "a")
 		job := publishDue(t, s)[0]
-		if err := s.ReserveObject(t.Context(), job.ID, "key"); err != nil {
-			t.Fatal(err)
-		}
+		reserve(t, s, job, "key")
 		advance(s, 2*garbageGrace)
 		_, err := s.CollectGarbage(t.Context(), 10, func(ctx context.Context, key string) error {
 			if err := s.ReserveObject(ctx, job.ID, key); !errors.Is(err, errObjectBusy) {
@@ -257,9 +253,7 @@ func TestStoreCollectsGarbageUntilStorageHasTakenIt(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a")
 		finish(t, s, publishDue(t, s)[0], "key")
-		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
-			t.Fatal(err)
-		}
+		deleteProduct(t, s, p.ID)
 		away := errors.New("storage is away")
 		if _, err := s.CollectGarbage(t.Context(), 10, func(context.Context, string) error { return away }); !errors.Is(err, away) {
 			t.Errorf("a failed deletion: %v", err)

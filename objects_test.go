@@ -59,12 +59,8 @@ func TestObjectOfALateUploadIsNoted(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "https://a.example/1.jpg")
 		job := publishDue(t, s)[0]
-		if err := s.ReserveObject(t.Context(), job.ID, "late"); err != nil {
-			t.Fatal(err)
-		}
-		if err := s.DeleteProduct(t.Context(), p.ID, func(Product) error { return nil }); err != nil {
-			t.Fatal(err)
-		}
+		reserve(t, s, job, "late")
+		deleteProduct(t, s, p.ID)
 		if _, err := s.SettleReady(t.Context(), job, Image{Key: "late"}); err == nil {
 			t.Error("settled")
 		}

@@ -39,9 +39,7 @@ func TestPipelineTellsOfACommitThatItDidNotSee(t *testing.T) {
 		for name, happen := range outcomes {
 			product := create(t, s, "https://a.example/1.jpg")
 			job := publishDue(t, s)[0]
-			if err := s.ReserveObject(t.Context(), job.ID, "key"); err != nil {
-				t.Fatal(err)
-			}
+			reserve(t, s, job, "key")
 			var told []productVersion
 			p := &pipeline{
 				imageSettings: imageSettings{RetryAttempts: 2},

@@ -48,7 +48,7 @@ func TestStoreReprocessKeepsTheOldUntilTheNewIsSettled(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a", "b")
 		jobs := inOrderOfID(publishDue(t, s))
-		finishWith(t, s, jobs[0], "main", "800", "320")
+		finish(t, s, jobs[0], "main", "800", "320")
 		if queued, version := reprocessAll(t, s, p.ID); queued != 1 || version != 3 {
 			t.Errorf("queued %d anew, version %d; want the one that is made, version 3", queued, version)
 		}
@@ -63,7 +63,7 @@ func TestStoreReprocessKeepsTheOldUntilTheNewIsSettled(t *testing.T) {
 		if len(again) != 1 || again[0].ID != jobs[0].ID || again[0].RequestID != "req-2" {
 			t.Fatalf("published %+v", again)
 		}
-		finishWith(t, s, again[0], "main", "640") // the image comes out the same, its variants do not
+		finish(t, s, again[0], "main", "640") // the image comes out the same, its variants do not
 		wantGarbage(t, s, "while pages still show them")
 		advance(s, overtakenTime)
 		wantGarbage(t, s, "after that", "320", "800")
@@ -78,12 +78,10 @@ func TestStoreReprocessThatFailsKeepsTheOld(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a")
-		finishWith(t, s, publishDue(t, s)[0], "main", "320")
+		finish(t, s, publishDue(t, s)[0], "main", "320")
 		reprocessAll(t, s, p.ID)
 		job := publishDue(t, s)[0]
-		if err := s.ReserveObject(t.Context(), job.ID, "main", "640"); err != nil {
-			t.Fatal(err)
-		}
+		reserve(t, s, job, "main", "640")
 		bury(t, s, job, permanent("http_404", "404 Not Found"))
 		advance(s, 2*garbageGrace)
 		wantGarbage(t, s, "of a try that failed", "640")
@@ -100,10 +98,8 @@ func TestStoreReprocessThatFailsKeepsTheOld(t *testing.T) {
 		if image, err := s.PendingImage(t.Context(), job.ID); err != nil || image.Attempts != 0 || image.ErrorCode != "" {
 			t.Errorf("queued as %+v, %v", image, err)
 		}
-		finishWith(t, s, publishDue(t, s)[0], "main", "640")
-		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
-			t.Fatal(err)
-		}
+		finish(t, s, publishDue(t, s)[0], "main", "640")
+		deleteProduct(t, s, p.ID)
 		advance(s, overtakenTime)
 		wantGarbage(t, s, "with the product", "320", "640", "main")
 	})
@@ -115,15 +111,11 @@ func TestStoreDropsAnImageThatIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a")
-		finishWith(t, s, publishDue(t, s)[0], "main", "320")
+		finish(t, s, publishDue(t, s)[0], "main", "320")
 		reprocessAll(t, s, p.ID)
 		job := publishDue(t, s)[0]
-		if err := s.ReserveObject(t.Context(), job.ID, "main", "640"); err != nil {
-			t.Fatal(err)
-		}
-		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
-			t.Fatal(err)
-		}
+		reserve(t, s, job, "main", "640")
+		deleteProduct(t, s, p.ID)
 		if _, err := s.SettleReady(t.Context(), job, imageWith("main", "640")); !errors.Is(err, errNotFound) {
 			t.Errorf("settled: %v", err)
 		}
@@ -141,7 +133,7 @@ func TestReprocessesAtOnceAreOne(t *testing.T) {
 			create(t, s, "a", "b")
 		}
 		for _, job := range publishDue(t, s) {
-			finishWith(t, s, job, fmt.Sprintf("main %d", job.ID), fmt.Sprintf("320 %d", job.ID))
+			finish(t, s, job, fmt.Sprintf("main %d", job.ID), fmt.Sprintf("320 %d", job.ID))
 		}
 		var group sync.WaitGroup
 		var mu sync.Mutex
@@ -192,7 +184,7 @@ func TestReprocessOverHTTP(t *testing.T) {
 	owner, stranger, admin := tokenOf(t, a, caller{1, false}), tokenOf(t, a, caller{other, false}), tokenOf(t, a, caller{other, true})
 	p := create(t, a.store, "https://a.example/a", "https://a.example/b")
 	jobs := inOrderOfID(publishDue(t, a.store))
-	finishWith(t, a.store, jobs[0], "main", "320")
+	finish(t, a.store, jobs[0], "main", "320")
 	path := fmt.Sprintf("/products/%d/images/reprocess", p.ID)
 	a.do(t, "POST", path, "").wantProblem(t, 401)
 	a.do(t, "POST", path, "", "Authorization", stranger).wantProblem(t, 403)
@@ -236,7 +228,7 @@ func TestReprocessCommand(t *testing.T) {
 	}
 	for _, job := range publishDue(t, s) {
 		if job.ID < 5 {
-			finishWith(t, s, job, fmt.Sprint("main ", job.ID))
+			finish(t, s, job, fmt.Sprint("main ", job.ID))
 		}
 	}
 	env := environment(map[string]string{"DATA_DIR": dir})
@@ -273,7 +265,7 @@ func TestReprocessKeepsItsRate(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		create(t, s, "a", "b", "c", "d", "e")
 		for _, job := range publishDue(t, s) {
-			finishWith(t, s, job, fmt.Sprint(job.ID))
+			finish(t, s, job, fmt.Sprint(job.ID))
 		}
 		start := time.Now()
 		if n, err := reprocess(t.Context(), s, madeFilter{}, 20, func(int64, int64) {}); err != nil || n != 5 {

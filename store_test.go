@@ -155,17 +155,30 @@ func publishDue(t *testing.T, s *store) []Job {
 	return all
 }
 
-// finish has the image of a job made, as a worker would.
-func finish(t *testing.T, s *store, job Job, key string) int64 {
+// finish has the image of a job made, with variants under the keys after the first,
+// as a worker would.
+func finish(t *testing.T, s *store, job Job, keys ...string) int64 {
 	t.Helper()
-	if err := s.ReserveObject(t.Context(), job.ID, key); err != nil {
-		t.Fatal(err)
-	}
-	version, err := s.SettleReady(t.Context(), job, Image{Key: key, Width: 20, Height: 10, Bytes: 500, SourceBytes: 900})
+	reserve(t, s, job, keys...)
+	version, err := s.SettleReady(t.Context(), job, imageWith(keys...))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return version
+}
+
+func reserve(t testing.TB, s *store, job Job, keys ...string) {
+	t.Helper()
+	if err := s.ReserveObject(t.Context(), job.ID, keys...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func deleteProduct(t *testing.T, s *store, id int64) {
+	t.Helper()
+	if err := s.DeleteProduct(t.Context(), id, always); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // wantGarbage deletes the objects that are due, and fails the test unless they are
@@ -416,9 +429,7 @@ func TestStoreDeleteLeavesNothing(t *testing.T) {
 		p := create(t, s, "a", "b")
 		jobs := publishDue(t, s)
 		finish(t, s, jobs[0], "object")
-		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
-			t.Fatal(err)
-		}
+		deleteProduct(t, s, p.ID)
 		if _, err := s.Product(t.Context(), p.ID); !errors.Is(err, errNotFound) {
 			t.Errorf("after its deletion: %v", err)
 		}

@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"image"
-	"image/png"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -43,10 +41,7 @@ func TestVariantsLookLikeTheImage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			whole, err := png.Decode(bytes.NewReader(readTestFile(t, filepath.Join("testdata", "golden", name+".whole.png"))))
-			if err != nil {
-				t.Fatal(err)
-			}
+			whole := decoded(t, readTestFile(t, filepath.Join("testdata", "golden", name+".whole.png")))
 			widths := []int{20, 11}
 			all := compressBest(t, readTestFile(t, filepath.Join("testdata", "golden", name)), maxImageSide, widths)
 			if len(all) != 1+len(widths) {
@@ -121,10 +116,7 @@ func TestCostCoversVariants(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			h, err := readImageHeader(test.data, testPixels)
-			if err != nil {
-				t.Fatal(err)
-			}
+			h := headerOf(t, test.data)
 			d, err := decodeImage(test.data, h, 2048, imageTools{})
 			if err != nil {
 				t.Fatal(err)
@@ -184,26 +176,13 @@ func inOrderOfID(jobs []Job) []Job {
 	return jobs
 }
 
-// finishWith has the image of a job made with variants, as a worker would.
-func finishWith(t *testing.T, s *store, job Job, keys ...string) (version int64) {
-	t.Helper()
-	if err := s.ReserveObject(t.Context(), job.ID, keys...); err != nil {
-		t.Fatal(err)
-	}
-	version, err := s.SettleReady(t.Context(), job, imageWith(keys...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return version
-}
-
 func TestStoreKeepsVariantsWithTheirImage(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a", "b")
 		jobs := inOrderOfID(publishDue(t, s))
-		finishWith(t, s, jobs[0], "main", "800", "320")
-		finishWith(t, s, jobs[1], "alone")
+		finish(t, s, jobs[0], "main", "800", "320")
+		finish(t, s, jobs[1], "alone")
 		got, err := s.Product(t.Context(), p.ID)
 		if err != nil || len(got.Images) != 2 || fmt.Sprint(got.Images[0].Variants) != "[{10 800 50} {9 320 49}]" || got.Images[1].Variants != nil {
 			t.Fatalf("stored %+v, %v", got.Images, err)
@@ -224,9 +203,7 @@ func TestStoreKeepsVariantsWithTheirImage(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantGarbage(t, s, "of a dropped image", "320", "800", "main")
-		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
-			t.Fatal(err)
-		}
+		deleteProduct(t, s, p.ID)
 		wantGarbage(t, s, "of a deleted product", "alone")
 	})
 }
@@ -238,9 +215,7 @@ func TestStoreSettlesNoImageThatLacksAVariant(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a")
 		job := publishDue(t, s)[0]
-		if err := s.ReserveObject(t.Context(), job.ID, "main", "320"); err != nil {
-			t.Fatal(err)
-		}
+		reserve(t, s, job, "main", "320")
 		if _, err := s.SettleReady(t.Context(), job, imageWith("main", "800", "320")); !errors.Is(err, errReservationLost) {
 			t.Errorf("settled with a variant that was not reserved: %v", err)
 		}
@@ -257,7 +232,7 @@ func TestStoreSettlesNoImageThatLacksAVariant(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		finishWith(t, s, job, "main", "800", "320")
+		finish(t, s, job, "main", "800", "320")
 	})
 }
 
@@ -268,14 +243,12 @@ func TestStoreDiscardsWhatCameTooLate(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		p := create(t, s, "a")
 		job := publishDue(t, s)[0]
-		finishWith(t, s, job, "main", "320")
+		finish(t, s, job, "main", "320")
 		if err := s.DiscardUnwanted(t.Context(), job.ID, []string{"main", "320"}); err != nil {
 			t.Fatal(err)
 		}
 		wantGarbage(t, s, "of objects in use")
-		if err := s.DeleteProduct(t.Context(), p.ID, always); err != nil {
-			t.Fatal(err)
-		}
+		deleteProduct(t, s, p.ID)
 		for _, when := range []string{"with the product", "after the late upload"} {
 			wantGarbage(t, s, when, "320", "main")
 			if err := s.DiscardUnwanted(t.Context(), job.ID, []string{"main", "320"}); err != nil {
