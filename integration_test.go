@@ -722,6 +722,40 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 	}
 }
 
+// What the README has a newcomer type after `go run .` works as it says there.
+func TestReadmeTryIt(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, lines, found := strings.Cut(string(readme), "In another terminal")
+	_, lines, _ = strings.Cut(lines, "```sh\n")
+	lines, _, closed := strings.Cut(lines, "\n```")
+	if !found || !closed {
+		t.Fatal("the lines to try are not where they were")
+	}
+	photos := newPhotoServer(t)
+	photos.serve("/images/gophers/ladder.svg", []byte("<svg/>"))
+	photos.serve("/doc/gopher/fiveyears.jpg", jpegPhoto(t, 40, 30))
+	shop := startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
+	script := strings.NewReplacer("https://go.dev", photos.URL, "http://127.0.0.1:8080", shop.url).Replace(lines)
+	shell := exec.Command("sh", "-c", "set -e; curl() { command curl -sS --fail-with-body \"$@\"; echo; }\n"+script)
+	out, err := shell.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v in:\n%s\n%s", err, script, out)
+	}
+	rest := string(out)
+	for _, want := range []string{
+		"HTTP/1.1 201", `"status":"failed"`, "HTTP/1.1 200", "/media/products/1/", "HTTP/1.1 304",
+		`"Trail shoe"`, "HTTP/1.1 200", `"product_price":79.50`, `"not_an_image"`, `{"replayed":1}`, "HTTP/1.1 204",
+	} {
+		if _, rest, found = strings.Cut(rest, want); !found {
+			t.Fatalf("%s is not where it should be in:\n%s", want, out)
+		}
+	}
+}
+
 // metric reads one of the instance's metrics.
 func (i *instance) metric(t *testing.T, name string) float64 {
 	t.Helper()
