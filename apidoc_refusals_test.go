@@ -84,6 +84,7 @@ func (op *documentedOperation) isOpen() bool { return op.Security != nil && len(
 // tokenAPI is a server that asks for tokens, with product 1 of user 1.
 type tokenAPI struct {
 	*api
+	files           *fileBlobs
 	stranger, admin string // values of Authorization
 }
 
@@ -98,7 +99,7 @@ func newTokenAPI(t *testing.T) tokenAPI {
 	a.media, a.authOn = files.serve, true
 	a.handler = a.routes()
 	other := addUser(t, a.store)
-	out := tokenAPI{a, tokenOf(t, a, caller{other, false}), tokenOf(t, a, caller{other, true})}
+	out := tokenAPI{a, files, tokenOf(t, a, caller{other, false}), tokenOf(t, a, caller{other, true})}
 	if got := out.do(t, "POST", "/products", shoe, "Authorization", out.admin); got.Code != 201 {
 		t.Fatalf("POST /products: %d %s", got.Code, got.Body)
 	}
@@ -235,13 +236,8 @@ func withBrokenTokens(t *testing.T, op *documentedOperation) answer {
 }
 
 func withoutDatabase(t *testing.T, op *documentedOperation) answer {
-	db, err := openPostgres(t.Context(), "postgres://nobody@127.0.0.1:1/none")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(db.Close)
 	a := newTokenAPI(t)
-	a.store = newStore(db)
+	a.store = storeAway(t)
 	a.parts = []part{{"store", true, a.store.Ping}}
 	a.server.tokens.known.Clear()
 	return a.do(t, op.method, op.target(nil), op.body(t), "Authorization", a.admin)
@@ -269,15 +265,8 @@ func TestEveryDocumentedParameterIsTaken(t *testing.T) {
 func TestStoredImagesAreServedAsDocumented(t *testing.T) {
 	t.Parallel()
 	a := newTokenAPI(t)
-	files, err := newFileBlobs(t.TempDir(), "http://127.0.0.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { files.Close() })
-	a.media = files.serve
-	a.handler = a.routes()
 	const key = "products/42/7-0123456789abcdef.jpg"
-	if err := files.Put(t.Context(), key, "image/jpeg", jpegPhoto(t, 10, 10)); err != nil {
+	if err := a.files.Put(t.Context(), key, "image/jpeg", jpegPhoto(t, 10, 10)); err != nil {
 		t.Fatal(err)
 	}
 	tag := `"7-0123456789abcdef.jpg"`

@@ -93,8 +93,7 @@ func refuseUnknownUsers(ctx context.Context, tx querier, entries []batchEntry) e
 			ids = append(ids, e.UserID)
 		}
 	}
-	r, err := tx.Query(ctx, `SELECT id FROM users WHERE id = ANY($1)`, ids)
-	known, err := collect(r, err, scanID)
+	known, err := queryIDs(ctx, tx, `SELECT id FROM users WHERE id = ANY($1)`, ids)
 	if err != nil {
 		return err
 	}
@@ -141,10 +140,7 @@ func claimKeys(ctx context.Context, tx querier, entries []batchEntry, now time.T
 		return nil
 	}
 	r, err := tx.Query(ctx, insertKeys, keys, now, now.Add(-idempotencyTime))
-	claimed, err := collect(r, err, func(r rows) (key string, err error) {
-		err = r.Scan(&key)
-		return key, err
-	})
+	claimed, err := collect(r, err, scanOne[string])
 	if err != nil || len(claimed) == asked {
 		return err
 	}
@@ -208,8 +204,7 @@ func insertProducts(ctx context.Context, tx querier, entries []batchEntry, now t
 	if n == 0 {
 		return nil
 	}
-	r, err := tx.Query(ctx, insertBatch, products, now)
-	ids, err := collect(r, err, scanID)
+	ids, err := queryIDs(ctx, tx, insertBatch, products, now)
 	if err != nil {
 		return err
 	}

@@ -21,11 +21,7 @@ import (
 //
 //	go test -run '^$' -bench Dispatch -benchtime 50000x .
 func BenchmarkDispatch(b *testing.B) {
-	db, err := openPostgres(b.Context(), testDatabase(b))
-	if err != nil {
-		b.Fatal(err)
-	}
-	s := migratedStore(b, db)
+	s, _ := postgresStore(b)
 	insertDueImages(b, s, b.N)
 	log := slog.New(slog.DiscardHandler)
 	q := newRabbitQueue(testAMQP(b), noRefill, log)

@@ -24,11 +24,7 @@ import (
 //
 //	make bench BENCH=Get
 func BenchmarkGet(b *testing.B) {
-	db, err := openPostgres(b.Context(), testDatabase(b))
-	if err != nil {
-		b.Fatal(err)
-	}
-	s := migratedStore(b, db)
+	s, _ := postgresStore(b)
 	id := benchmarkProducts(b, s)
 	enc := encoder{func(key string) string { return "https://cdn.example/" + key }}
 	uncached := newProductLoader(s, enc)

@@ -366,11 +366,9 @@ func (c *cache) flush(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, flushTimeout)
 	defer cancel()
 	for !c.send(ctx) {
-		select {
-		case <-ctx.Done():
+		if sleep(ctx, sendRetry) != nil {
 			c.log.Warn("invalidations not sent", "count", len(c.floors.waiting(maxUnsent)))
 			return
-		case <-time.After(sendRetry):
 		}
 	}
 }

@@ -103,8 +103,7 @@ type redisConn struct {
 func newRedisCache(redisURL string, ttl time.Duration, size int64, log *slog.Logger) (*redisCache, error) {
 	options, err := rueidis.ParseURL(redisURL)
 	if err != nil {
-		var bad *url.Error
-		if errors.As(err, &bad) { // its text has the URL, which may have a password
+		if bad, ok := errors.AsType[*url.Error](err); ok { // its text has the URL, which may have a password
 			err = bad.Err
 		}
 		return nil, fmt.Errorf("parse redis url: %w", err)
@@ -179,10 +178,7 @@ func (b *redisCache) Ping(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, redisDialTimeout)
 	defer cancel()
-	if err := conn.Do(ctx, conn.B().Ping().Build()).Error(); err != nil {
-		return fmt.Errorf("ping redis: %w", err)
-	}
-	return nil
+	return wrap("ping redis", conn.Do(ctx, conn.B().Ping().Build()).Error())
 }
 
 // answered says that Redis has answered on a connection.
@@ -197,8 +193,7 @@ func (c *redisConn) answered() {
 // memory, loading its data) came at once and so does not count for the breaker.
 func (b *redisCache) failed(conn *redisConn, err error) error {
 	cacheErrors.Inc()
-	var refusal *rueidis.RedisError
-	if errors.As(err, &refusal) {
+	if _, refused := errors.AsType[*rueidis.RedisError](err); refused {
 		conn.answered()
 		return err
 	}
@@ -234,10 +229,8 @@ func (b *redisCache) Run(ctx context.Context) error {
 		}
 		away = true
 		cacheBreaker.Set(1)
-		select {
-		case <-ctx.Done():
+		if sleep(ctx, redisPause) != nil {
 			return nil
-		case <-time.After(redisPause):
 		}
 	}
 }

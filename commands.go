@@ -109,19 +109,13 @@ func (p *program) printDeadLetters(ctx context.Context, db *store, filter deadFi
 }
 
 func deadShowCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
-	ids, err := parseIDs(flags, args)
-	if err != nil {
-		return err
-	}
-	return p.withStore(ctx, func(db *store) error {
-		for _, id := range ids {
-			letter, err := db.DeadLetter(ctx, id)
-			if err != nil {
-				return err
-			}
-			p.stdout.Write(encodeJSON(letter.json()))
+	return p.forEachID(ctx, flags, args, func(db *store, id int64) error {
+		letter, err := db.DeadLetter(ctx, id)
+		if err != nil {
+			return err
 		}
-		return nil
+		_, err = p.stdout.Write(encodeJSON(letter.json()))
+		return err
 	})
 }
 
@@ -183,19 +177,20 @@ func deadReplayCommand(p *program, ctx context.Context, flags *flag.FlagSet, arg
 
 // countReplay says what a replay would do.
 func (p *program) countReplay(ctx context.Context, db *store, o batchOptions) error {
-	n, err := len(o.ids), error(nil)
-	if o.ids == nil {
-		n, err = db.CountDead(ctx, o.filter)
-	}
+	n := len(o.ids)
 	for _, id := range o.ids {
 		if _, err := db.DeadLetter(ctx, id); err != nil {
 			return err
 		}
 	}
-	if err == nil {
-		fmt.Fprintf(p.stdout, "would replay %d\n", n)
+	if o.ids == nil {
+		var err error
+		if n, err = db.CountDead(ctx, o.filter); err != nil {
+			return err
+		}
 	}
-	return err
+	fmt.Fprintf(p.stdout, "would replay %d\n", n)
+	return nil
 }
 
 // replayIDs replays one after the other, so that what it printed is done.
@@ -244,27 +239,34 @@ func reprocessCommand(p *program, ctx context.Context, flags *flag.FlagSet, args
 }
 
 func deadDiscardCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
-	ids, err := parseIDs(flags, args)
+	return p.forEachID(ctx, flags, args, func(db *store, id int64) error {
+		err := db.DiscardDead(ctx, id)
+		if err == nil {
+			fmt.Fprintf(p.stdout, "discarded %d\n", id)
+		}
+		return err
+	})
+}
+
+// forEachID does something with each thing that the arguments name by its id, up
+// to the first error.
+func (p *program) forEachID(ctx context.Context, flags *flag.FlagSet, args []string, do func(db *store, id int64) error) error {
+	words, err := parse(flags, args, -1)
+	if err != nil {
+		return err
+	}
+	ids, err := wordIDs(flags.Name(), words)
 	if err != nil {
 		return err
 	}
 	return p.withStore(ctx, func(db *store) error {
 		for _, id := range ids {
-			if err := db.DiscardDead(ctx, id); err != nil {
+			if err := do(db, id); err != nil {
 				return err
 			}
-			fmt.Fprintf(p.stdout, "discarded %d\n", id)
 		}
 		return nil
 	})
-}
-
-func parseIDs(flags *flag.FlagSet, args []string) ([]int64, error) {
-	words, err := parse(flags, args, -1)
-	if err != nil {
-		return nil, err
-	}
-	return wordIDs(flags.Name(), words)
 }
 
 func wordIDs(command string, words []string) ([]int64, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -93,14 +95,9 @@ func (c *config) settings() []setting {
 // at once.
 func loadConfig(getenv func(string) string, terminal bool) (config, error) {
 	c := config{getenv: getenv, LogText: terminal}
-	given := make(map[string]bool)
 	var errs []error
 	for _, s := range c.settings() {
-		value := getenv(s.name)
-		given[s.name] = value != ""
-		if value == "" {
-			value = s.fallback
-		}
+		value := cmp.Or(getenv(s.name), s.fallback)
 		if value == "" {
 			continue
 		}
@@ -108,10 +105,10 @@ func loadConfig(getenv func(string) string, terminal bool) (config, error) {
 			errs = append(errs, fmt.Errorf("%s %w", s.name, err)) // without the value, which may be a secret
 		}
 	}
-	if !given["AUTH"] {
+	if getenv("AUTH") == "" {
 		c.Auth = !isLoopback(c.ListenAddr) || c.WorkerAddr != "" && !isLoopback(c.WorkerAddr)
 	}
-	if given["S3_PUBLIC_URL"] && c.S3Bucket == "" {
+	if getenv("S3_PUBLIC_URL") != "" && c.S3Bucket == "" {
 		errs = append(errs, errors.New("S3_PUBLIC_URL is set, but S3_BUCKET is not"))
 	}
 	return c, errors.Join(errs...)
@@ -148,13 +145,11 @@ func urlOf(to *string, schemes ...string) func(string) error {
 		if err != nil || u.Host == "" {
 			return fmt.Errorf("must be a URL such as %s://host", schemes[0])
 		}
-		for _, scheme := range schemes {
-			if u.Scheme == scheme {
-				*to = v
-				return nil
-			}
+		if !slices.Contains(schemes, u.Scheme) {
+			return fmt.Errorf("must begin with %s://", strings.Join(schemes, ":// or "))
 		}
-		return fmt.Errorf("must begin with %s://", strings.Join(schemes, ":// or "))
+		*to = v
+		return nil
 	}
 }
 
@@ -220,9 +215,9 @@ func number[N int | int64](to *N, least, most N) func(string) error {
 func byteSize(to *int64, least int64) func(string) error {
 	return func(v string) error {
 		digits, unit := v, int64(1)
-		for shift, suffix := range []string{"", "KiB", "MiB", "GiB"} {
-			if before, ok := strings.CutSuffix(v, suffix); ok && suffix != "" {
-				digits, unit = before, 1<<(10*shift)
+		for n, suffix := range []string{"KiB", "MiB", "GiB"} {
+			if before, ok := strings.CutSuffix(v, suffix); ok {
+				digits, unit = before, 1<<(10*(n+1))
 			}
 		}
 		n, err := strconv.ParseInt(digits, 10, 64)
@@ -258,12 +253,7 @@ func withDotEnv(getenv func(string) string) (func(string) string, error) {
 	}
 	defer file.Close()
 	values, err := readDotEnv(file)
-	return func(name string) string {
-		if value := getenv(name); value != "" {
-			return value
-		}
-		return values[name]
-	}, err
+	return func(name string) string { return cmp.Or(getenv(name), values[name]) }, err
 }
 
 // readDotEnv reads lines of NAME=value. A value may stand in quotes; empty

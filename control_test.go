@@ -158,7 +158,7 @@ func (c *control) deleteQueue(t *testing.T) {
 	c.photos.serve("/photo", jpegPhoto(t, 40, 30))
 	c.begin(t, "/photo", "ready")
 	c.awaitImage(t, published)
-	if _, err := rawChannel(t, c.env["AMQP_URL"]).QueueDelete(workQueueName, false, false, false); err != nil {
+	if _, err := openChannel(t, c.env["AMQP_URL"]).QueueDelete(workQueueName, false, false, false); err != nil {
 		t.Fatal(err)
 	}
 	c.launch(t, nil, "worker")

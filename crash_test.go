@@ -210,7 +210,7 @@ func (c *crash) settledRows(t *testing.T) {
 		n, err := c.auditor.count(t.Context(), "status = 'pending'")
 		return err == nil && n == 0
 	})
-	ch := rawChannel(t, c.env["AMQP_URL"])
+	ch := openChannel(t, c.env["AMQP_URL"])
 	pollUntil(time.Now().Add(time.Second), func() bool {
 		queue, err := ch.QueueDeclarePassive(deadQueueName, true, false, false, false, nil)
 		n, dbErr := c.auditor.count(t.Context(), "status = 'failed'")
@@ -251,7 +251,7 @@ func (c *crash) loseWorkQueue(t *testing.T) {
 		return err == nil && n == 1
 	})
 	earlier.kill()
-	if _, err := rawChannel(t, c.env["AMQP_URL"]).QueueDelete(workQueueName, false, false, false); err != nil {
+	if _, err := openChannel(t, c.env["AMQP_URL"]).QueueDelete(workQueueName, false, false, false); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -260,7 +260,7 @@ func (c *crash) loseWorkQueue(t *testing.T) {
 // copies had come there.
 func (c *crash) loseDeadQueue(t *testing.T) {
 	t.Helper()
-	if _, err := rawChannel(t, c.env["AMQP_URL"]).QueuePurge(deadQueueName, false); err != nil {
+	if _, err := openChannel(t, c.env["AMQP_URL"]).QueuePurge(deadQueueName, false); err != nil {
 		t.Fatal(err)
 	}
 	c.auditor.letTimePass(t, 2*deadGrace)

@@ -97,11 +97,7 @@ func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) 
 
 func (s *store) countImages(ctx context.Context, where string, args []any) (int, error) {
 	r, err := s.QueryOnce(ctx, "SELECT count(*) FROM images i WHERE "+where, args...)
-	counts, err := collect(r, err, func(r rows) (n int, err error) { err = r.Scan(&n); return n, err })
-	if err != nil {
-		return 0, err
-	}
-	return counts[0], nil
+	return only(collect(r, err, scanOne[int]))
 }
 
 const selectDeadLetter = selectDeadLetters + isDead + ` AND i.id = $1`
@@ -186,12 +182,7 @@ func (s *store) queueAnew(ctx context.Context, ids []int64, owners, update strin
 // queryIDs runs SQL whose result is a column of ids.
 func queryIDs(ctx context.Context, q querier, sql string, args ...any) ([]int64, error) {
 	r, err := q.Query(ctx, sql, args...)
-	return collect(r, err, scanID)
-}
-
-func scanID(r rows) (id int64, err error) {
-	err = r.Scan(&id)
-	return id, err
+	return collect(r, err, scanOne[int64])
 }
 
 // DiscardDead gives a dead letter up for good: its image stays failed, but waits
@@ -276,10 +267,5 @@ func pauseFor(ctx context.Context, rate int) error {
 	if rate == 0 {
 		return ctx.Err()
 	}
-	select {
-	case <-time.After(time.Second / time.Duration(rate)):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return sleep(ctx, time.Second/time.Duration(rate))
 }

@@ -262,11 +262,7 @@ func runCommand(t *testing.T, env map[string]string, args ...string) (out string
 func TestDeadCommands(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	db, err := openSQLite(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	graveyard(t, migratedStore(t, db))
+	graveyard(t, storeIn(t, dir))
 	env := environment(map[string]string{"DATA_DIR": dir})
 	for _, c := range []struct {
 		args string
@@ -348,11 +344,7 @@ func TestDeadLetterShowsItsHistory(t *testing.T) {
 // matches, and a page's worth besides.
 func TestDeadLetterPagesReadNoMoreThanTheyNeed(t *testing.T) {
 	t.Parallel()
-	db, err := openPostgres(t.Context(), testDatabase(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	migratedStore(t, db)
+	_, db := postgresStore(t)
 	const letters, limit = 100_000, 50
 	if _, err := db.pool.Exec(t.Context(), fmt.Sprintf(`
 		INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at) VALUES (1, '', '', '', 0, now(), now());

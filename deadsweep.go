@@ -70,11 +70,8 @@ func (k *deadKeeper) Run(ctx context.Context) error {
 		}
 		start := time.Now()
 		k.health.note(ctx, k.look(ctx), "the dead-letter queue is not looked after, retrying", "the dead-letter queue is looked after again")
-		timer.Reset(max(deadLeastRest, deadRestFactor*time.Since(start)))
-		select {
-		case <-ctx.Done():
+		if sleep(ctx, max(deadLeastRest, deadRestFactor*time.Since(start))) != nil {
 			return nil
-		case <-timer.C:
 		}
 		timer.Reset(deadLookInterval)
 	}

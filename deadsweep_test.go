@@ -24,15 +24,11 @@ type burial struct {
 
 func newBurial(t *testing.T, url string) *burial {
 	t.Helper()
-	db, err := openSQLite(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := &burial{store: migratedStore(t, db)}
+	b := &burial{store: storeIn(t, t.TempDir())}
 	b.queue = runQueue(t, newRabbitQueue(url, b.store.RequeueAll, testLog(t)))
 	b.keeper = newDeadKeeper(b.store, b.queue, func(int64, int64) {}, func() {}, testLog(t))
 	b.keeper.grace = 0
-	b.in, b.ch = consume(t, b.queue, 1), rawChannel(t, url)
+	b.in, b.ch = consume(t, b.queue, 1), openChannel(t, url)
 	return b
 }
 
@@ -126,12 +122,8 @@ func (b *burial) look(t *testing.T) {
 
 func (b *burial) publishCopy(t *testing.T, job Job) {
 	t.Helper()
-	message, err := encodeJob(job, time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
 	before, _ := b.copies(t)
-	if err := b.ch.PublishWithContext(t.Context(), "", deadQueueName, true, false, message); err != nil {
+	if err := b.ch.PublishWithContext(t.Context(), "", deadQueueName, true, false, encodeJob(job, time.Now())); err != nil {
 		t.Fatal(err)
 	}
 	b.awaitCopies(t, len(before)+1)
@@ -178,7 +170,7 @@ var disturbances = map[string]func(t *testing.T, b *burial, job Job){
 		}
 		b.queue.recheck()
 		eventually(t, "the dead queue is back", func() bool {
-			ch := rawChannel(t, b.queue.url)
+			ch := openChannel(t, b.queue.url)
 			_, err := ch.QueueDeclarePassive(deadQueueName, true, false, false, false, nil)
 			return err == nil
 		})
@@ -230,7 +222,7 @@ func TestDeadQueueAfterAWipedBroker(t *testing.T) {
 	rabbit.Start(t)
 	eventually(t, "the queue is connected again", func() bool { _, err := b.queue.DeadCopies(t.Context()); return err == nil })
 	b.look(t)
-	b.ch = rawChannel(t, rabbit.URL)
+	b.ch = openChannel(t, rabbit.URL)
 	b.wantAgreement(t)
 }
 
@@ -303,7 +295,7 @@ func TestDeadQueueIsLeftToWhoHasIt(t *testing.T) {
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}
-	hold := rawChannel(t, b.queue.url)
+	hold := openChannel(t, b.queue.url)
 	if _, err := hold.QueueDeclare(sweepLockName, false, true, true, false, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -361,7 +353,7 @@ func TestDeadQueueThatIsLong(t *testing.T) {
 	}
 	eventually(t, "all are read", func() bool { seen, err := sweep(true); return err == nil && len(seen) == long })
 	eventually(t, "all are back", func() bool { n, err := q.DeadCopies(t.Context()); return err == nil && n == long })
-	ch := rawChannel(t, url)
+	ch := openChannel(t, url)
 	eventually(t, "none is left", func() bool {
 		if _, err := sweep(false); err != nil {
 			return false
@@ -426,7 +418,7 @@ func TestProgramKeepsTheDeadQueue(t *testing.T) {
 	photos := newPhotoServer(t)
 	api := start(t, env)
 	p := api.settled(t, api.post(t, photos.URL+"/1", photos.URL+"/2", photos.URL+"/3").ID)
-	ch := rawChannel(t, env["AMQP_URL"])
+	ch := openChannel(t, env["AMQP_URL"])
 	awaitReady(t, ch, deadQueueName, 3)
 	var letters struct{ Items []deadLetterShown }
 	api.call(t, "GET", "/dead-letters", nil, &letters)

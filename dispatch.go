@@ -84,6 +84,16 @@ func poke(c chan<- struct{}) {
 	}
 }
 
+// sleep lets time pass. If ctx ends first it answers why.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // Run dispatches until ctx ends. It finishes a batch that it began, since jobs
 // published and not marked would be published twice.
 func (d *dispatcher) Run(ctx context.Context) error {
@@ -131,23 +141,18 @@ func (d *dispatcher) drain(ctx context.Context) bool {
 	return true
 }
 
-// dispatch moves one batch. A refusal is an error even where the source makes
-// none of it, so that a queue that is full or gone is not offered jobs at speed.
+// dispatch moves one batch. A refusal alone is an error too, so that a queue that
+// is full or gone is not offered jobs at speed.
 func (d *dispatcher) dispatch(ctx context.Context) (claimed int, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dispatchTimeout)
 	defer cancel()
-	var refusal error
-	claimed, err = d.source.DispatchDue(ctx, dispatchBatch, func(ctx context.Context, jobs []Job) ([]Job, error) {
+	return d.source.DispatchDue(ctx, dispatchBatch, func(ctx context.Context, jobs []Job) ([]Job, error) {
 		refused, err := d.queue.Publish(ctx, jobs)
-		if refusal = err; err == nil && len(refused) > 0 {
-			refusal = errQueueRefused
+		if err == nil && len(refused) > 0 {
+			err = errQueueRefused
 		}
 		return refused, err
 	})
-	if err == nil {
-		err = refusal
-	}
-	return claimed, err
 }
 
 // reconcile publishes again what has been published for long and is neither

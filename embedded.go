@@ -113,10 +113,7 @@ func (s *sqlite) Migrate(ctx context.Context) error {
 		if !errors.Is(err, errUnavailable) || ctx.Err() != nil || time.Now().After(deadline) {
 			return err
 		}
-		select {
-		case <-time.After(migratePause):
-		case <-ctx.Done():
-		}
+		_ = sleep(ctx, migratePause)
 	}
 }
 

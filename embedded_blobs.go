@@ -198,10 +198,7 @@ func (b *fileBlobs) Ping(context.Context) error {
 	if err == nil {
 		err = b.root.Remove(name)
 	}
-	if err != nil {
-		return fmt.Errorf("write to blob directory: %w", err)
-	}
-	return nil
+	return wrap("write to blob directory", err)
 }
 
 // URL returns where clients get a file.

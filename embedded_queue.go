@@ -120,11 +120,11 @@ func (q *embeddedQueue) Consume(ctx context.Context, prefetch int, out chan<- De
 func (q *embeddedQueue) take(ctx context.Context) (Job, bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for len(q.jobs) == 0 || ctx.Err() != nil {
-		if ctx.Err() != nil {
-			return Job{}, false
-		}
+	for len(q.jobs) == 0 && ctx.Err() == nil {
 		q.changed.Wait()
+	}
+	if ctx.Err() != nil {
+		return Job{}, false
 	}
 	job := q.jobs[0]
 	q.jobs[0] = Job{} // let go of its strings

@@ -94,10 +94,7 @@ func (f *eventFeed) Run(ctx context.Context) error {
 		case <-f.wake:
 		}
 		health.note(ctx, f.catchUp(ctx), "events cannot be read, retrying", "events can be read again")
-		select {
-		case <-ctx.Done():
-		case <-time.After(feedPause):
-		}
+		_ = sleep(ctx, feedPause)
 	}
 }
 

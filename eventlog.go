@@ -109,14 +109,8 @@ ORDER BY i.position`
 // zero place if the log has none of it.
 func (s *store) ProductAt(ctx context.Context, id int64) (p Product, at place, err error) {
 	r, err := s.Query(ctx, selectProductAt, id)
-	products, err := scanProducts(placedRows{r, &at}, err)
-	if err == nil && len(products) == 0 {
-		err = errNotFound
-	}
-	if err != nil {
-		return p, at, wrap(fmt.Sprintf("read product %d with its events", id), err)
-	}
-	return products[0], at, nil
+	p, err = only(scanProducts(placedRows{r, &at}, err))
+	return p, at, wrap(fmt.Sprintf("read product %d with its events", id), err)
 }
 
 // placedRows are rows with a place behind their other columns.

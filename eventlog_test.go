@@ -134,11 +134,8 @@ func TestEventsOfAProductAreInTheOrderOfItsChanges(t *testing.T) {
 // open side by side.
 func concurrentStore(t *testing.T) (s *store, begin func() (tx querier, commit func())) {
 	t.Helper()
-	db, err := openPostgres(t.Context(), testDatabase(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return migratedStore(t, db), func() (querier, func()) {
+	s, db := postgresStore(t)
+	return s, func() (querier, func()) {
 		tx, err := db.pool.Begin(t.Context())
 		if err != nil {
 			t.Fatal(err)

@@ -36,11 +36,7 @@ const smallCatalogueSize = 10_000
 // go together.)
 func TestListsReadNoMoreThanTheyNeed(t *testing.T) {
 	t.Parallel()
-	db, err := openPostgres(t.Context(), testDatabase(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := migratedStore(t, db)
+	s, db := postgresStore(t)
 	size := catalogueSize(t)
 	fillCatalogue(t, db, size)
 	const limit = 50
@@ -84,11 +80,7 @@ func TestListsReadNoMoreThanTheyNeed(t *testing.T) {
 // Filling a queue anew reads the images that are pending, and not the whole table.
 func TestRequeueAllReadsWhatIsPending(t *testing.T) {
 	t.Parallel()
-	db, err := openPostgres(t.Context(), testDatabase(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := migratedStore(t, db)
+	s, db := postgresStore(t)
 	const pending = 30
 	p := create(t, s, "https://a.example/1.jpg")
 	for _, sql := range []string{
@@ -120,11 +112,7 @@ func allSorts() []sortOrder {
 // otherwise it is the number of products that would be compared.
 func wantEvenCosts(t *testing.T, db *postgres, middles map[sortOrder]*cursor) {
 	t.Helper()
-	smallDB, err := openPostgres(t.Context(), testDatabase(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	migratedStore(t, smallDB)
+	_, smallDB := postgresStore(t)
 	fillCatalogue(t, smallDB, smallCatalogueSize)
 	filters := map[string]productFilter{
 		"none":        {},
@@ -286,11 +274,7 @@ func explain(t *testing.T, db *postgres, sql string, args ...any) (plan string, 
 //	LISTS_PRODUCTS=1000000 go test -run '^$' -bench List -count 6 . | tee list.txt && benchstat list.txt
 func BenchmarkList(b *testing.B) {
 	open := func(size int) *store {
-		db, err := openPostgres(b.Context(), testDatabase(b))
-		if err != nil {
-			b.Fatal(err)
-		}
-		s := migratedStore(b, db)
+		s, db := postgresStore(b)
 		fillCatalogue(b, db, size)
 		return s
 	}

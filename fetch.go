@@ -248,8 +248,7 @@ func (f *fetcher) get(ctx context.Context, u *url.URL) (data []byte, next *url.U
 		return nil, nil, statusError(resp)
 	}
 	data, err = f.read(ctx, resp, cancel)
-	var refused *imageError
-	if err != nil && !errors.As(err, &refused) && !errors.Is(err, errNoRoom) {
+	if _, known := errors.AsType[*imageError](err); err != nil && !known && !errors.Is(err, errNoRoom) {
 		err = f.downloadError(ctx, u, err)
 	}
 	return data, nil, err
@@ -376,8 +375,7 @@ func (f *fetcher) dial(ctx context.Context, network, address string) (net.Conn, 
 		return err
 	}
 	conn, err := dialer.DialContext(ctx, network, address)
-	var refused *imageError
-	if errors.As(err, &refused) && permitted.Load() {
+	if _, refused := errors.AsType[*imageError](err); refused && permitted.Load() {
 		// Dial reports the first of several addresses; this one was not all there was.
 		return nil, transient("unreachable", "no permitted address of %s answers", host)
 	}

@@ -569,13 +569,8 @@ func TestFailuresOfOurOwnStayInside(t *testing.T) {
 
 func TestDatabaseAwayIsA503(t *testing.T) {
 	t.Parallel()
-	db, err := openPostgres(t.Context(), "postgres://nobody@127.0.0.1:1/none")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(db.Close)
 	a := newAPI(t)
-	a.store = newStore(db)
+	a.store = storeAway(t)
 	a.products = newProductLoader(a.store, a.encoder)
 	a.parts = []part{{"store", true, a.store.Ping}}
 	for _, request := range [][2]string{{"POST", "/products"}, {"PATCH", "/products/1"}} {

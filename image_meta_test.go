@@ -91,8 +91,7 @@ func TestTurnedSamplesStayInPlace(t *testing.T) {
 			m.Y[i], m.Cb[i], m.Cr[i] = uint8(x^5*y), uint8(2*x+64), uint8(2*y+64)
 		}
 		for o := 1; o <= 8; o++ {
-			d := &storedImage{header: imageHeader{Width: size.X, Height: size.Y, Orientation: orientation(o)}, pixels: m, frame: m.Rect}
-			got := d.render(size.X, size.Y).(*image.YCbCr)
+			got := resized(m, imageHeader{Width: size.X, Height: size.Y, Orientation: orientation(o)}, size.X, size.Y, 1, 1)
 			for y := range got.Rect.Dy() / 2 {
 				for x := range got.Rect.Dx() / 2 {
 					var cb, cr int

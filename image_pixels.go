@@ -74,7 +74,7 @@ func (d *storedImage) render(w, h int) image.Image {
 	case *image.Gray:
 		return d.renderGrey(w, h, func(y int) []byte { return m.Pix[y*m.Stride:] })
 	case *image.YCbCr:
-		if whole {
+		if whole && m.SubsampleRatio == image.YCbCrSubsampleRatio420 {
 			return d.renderYCbCr(w, h, m)
 		}
 	}
@@ -92,17 +92,17 @@ func uprightRect(w, h int, o orientation) image.Rectangle {
 	return image.Rect(0, 0, w, h)
 }
 
-// renderYCbCr resizes each plane as it is, without a detour by RGB.
+// renderYCbCr resizes each plane of 4:2:0, as a WebP's and our own are, without a
+// detour by RGB. decodeJPEG does so for the other kinds.
 func (d *storedImage) renderYCbCr(w, h int, m *image.YCbCr) image.Image {
 	out := d.buffers.yCbCr(uprightRect(w, h, d.header.Orientation))
-	subX, subY := subsampling(m.SubsampleRatio)
 	plane := func(r *resampler, src []byte, stride int) func() {
 		return func() { r.feed(func(y int) []byte { return src[y*stride:] }, r.vertical.source) }
 	}
 	d.run([]func(){
 		plane(lumaResampler(out.Y, out.YStride, d.header, w, h), m.Y, m.YStride),
-		plane(chromaResampler(out.Cb, out.CStride, d.header, w, h, subX, subY), m.Cb, m.CStride),
-		plane(chromaResampler(out.Cr, out.CStride, d.header, w, h, subX, subY), m.Cr, m.CStride),
+		plane(chromaResampler(out.Cb, out.CStride, d.header, w, h, 2, 2), m.Cb, m.CStride),
+		plane(chromaResampler(out.Cr, out.CStride, d.header, w, h, 2, 2), m.Cr, m.CStride),
 	})
 	return out
 }
@@ -121,23 +121,6 @@ func chromaResampler(pix []byte, stride int, src imageHeader, w, h, subX, subY i
 	vertical := chromaAxis(src.Height, h, subY, o.mirrorsY())
 	g := newGrid(pix, stride, 1, len(horizontal.taps), len(vertical.taps), o)
 	return newResampler(1, horizontal, vertical, g.put)
-}
-
-// subsampling is how many pixels one chroma sample covers in each direction.
-func subsampling(r image.YCbCrSubsampleRatio) (x, y int) {
-	switch r {
-	case image.YCbCrSubsampleRatio422:
-		return 2, 1
-	case image.YCbCrSubsampleRatio420:
-		return 2, 2
-	case image.YCbCrSubsampleRatio440:
-		return 1, 2
-	case image.YCbCrSubsampleRatio411:
-		return 4, 1
-	case image.YCbCrSubsampleRatio410:
-		return 4, 2
-	}
-	return 1, 1
 }
 
 func lumaAxis(src, dst int) axis {
@@ -178,10 +161,10 @@ func (d *storedImage) renderNRGBA(w, h int, read func(y int) []byte) image.Image
 		premultiply(row)
 		return row
 	}
-	resample(premultiplied, 4, lumaAxis(src.Width, w), lumaAxis(src.Height, h), func(y int, row []byte) {
+	newResampler(4, lumaAxis(src.Width, w), lumaAxis(src.Height, h), func(y int, row []byte) {
 		unpremultiply(row)
 		g.put(y, row)
-	})
+	}).feed(premultiplied, src.Height)
 	return out
 }
 

@@ -366,8 +366,7 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 	defer cancel()
 	now := s.now()
 	until := now.Add(deletingTime)
-	scanKey := func(r rows) (key string, err error) { err = r.Scan(&key); return key, err }
-	keys, err := changed(ctx, s, scanKey, claimGarbage, now, until, limit)
+	keys, err := changed(ctx, s, scanOne[string], claimGarbage, now, until, limit)
 	if err != nil || len(keys) == 0 {
 		return 0, wrap("claim garbage", err)
 	}

@@ -194,9 +194,7 @@ func TestStoreSettlesAnImageOnce(t *testing.T) {
 			t.Errorf("the product is now %+v", got)
 		}
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); len(keys) != 0 {
-			t.Errorf("objects in use would be deleted: %v", keys)
-		}
+		wantGarbage(t, s, "of objects in use")
 	})
 }
 
@@ -222,9 +220,7 @@ func TestStoreDropsTheResultOfAnImageNobodyWants(t *testing.T) {
 			t.Errorf("the newer data was overwritten: %+v", got)
 		}
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"late"}) {
-			t.Errorf("objects to delete: %v, want the late upload", keys)
-		}
+		wantGarbage(t, s, "of an image that was replaced", "late")
 	})
 }
 
@@ -268,17 +264,11 @@ func TestStoreCollectsGarbageUntilStorageHasTakenIt(t *testing.T) {
 		if _, err := s.CollectGarbage(t.Context(), 10, func(context.Context, string) error { return away }); !errors.Is(err, away) {
 			t.Errorf("a failed deletion: %v", err)
 		}
-		if keys := collectGarbage(t, s); len(keys) != 0 {
-			t.Errorf("tried again at once: %v", keys)
-		}
+		wantGarbage(t, s, "tried again at once")
 		advance(s, 2*deletingTime)
-		if keys := collectGarbage(t, s); len(keys) != 1 {
-			t.Errorf("tried again later: %v, want 1", keys)
-		}
+		wantGarbage(t, s, "tried again later", "key")
 		advance(s, 2*deletingTime)
-		if keys := collectGarbage(t, s); len(keys) != 0 {
-			t.Errorf("deleted twice: %v", keys)
-		}
+		wantGarbage(t, s, "once more")
 	})
 }
 

@@ -544,15 +544,7 @@ func wantStored(t *testing.T, p shown, n int, contentType string, width, height,
 	if got.Status != "ready" || p.Compressed[n] == nil || *p.Compressed[n] != got.URL || got.Width != width || got.Height != height || got.SourceBytes != sourceBytes {
 		t.Fatalf("image %d is %+v, want it ready with %d × %d of %d bytes", n, got, width, height, sourceBytes)
 	}
-	response, err := http.Get(got.URL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	data, err := io.ReadAll(response.Body)
-	if err != nil || response.StatusCode != 200 {
-		t.Fatalf("GET %s: %s, %v", got.URL, response.Status, err)
-	}
+	response, data := download(t, got.URL)
 	if ct, cc := response.Header.Get("Content-Type"), response.Header.Get("Cache-Control"); ct != contentType || cc != "public, max-age=31536000, immutable" {
 		t.Errorf("Content-Type %q, Cache-Control %q", ct, cc)
 	}
@@ -565,7 +557,8 @@ func wantStored(t *testing.T, p shown, n int, contentType string, width, height,
 	}
 }
 
-func textOf(t *testing.T, url string) string {
+// download gets what a URL has, as a browser without a token would.
+func download(t *testing.T, url string) (*http.Response, []byte) {
 	t.Helper()
 	response, err := http.Get(url)
 	if err != nil {
@@ -573,9 +566,15 @@ func textOf(t *testing.T, url string) string {
 	}
 	defer response.Body.Close()
 	data, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
+	if err != nil || response.StatusCode != http.StatusOK {
+		t.Fatalf("GET %s: %s, %v", url, response.Status, err)
 	}
+	return response, data
+}
+
+func textOf(t *testing.T, url string) string {
+	t.Helper()
+	_, data := download(t, url)
 	return string(data)
 }
 
@@ -759,16 +758,7 @@ func TestReadmeTryIt(t *testing.T) {
 // metric reads one of the instance's metrics.
 func (i *instance) metric(t *testing.T, name string) float64 {
 	t.Helper()
-	response, err := http.Get(i.url + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, after, found := strings.Cut("\n"+string(text), "\n"+name+" ")
+	_, after, found := strings.Cut("\n"+textOf(t, i.url+"/metrics"), "\n"+name+" ")
 	value, err := strconv.ParseFloat(strings.Fields(after + " ?")[0], 64)
 	if !found || err != nil {
 		t.Fatalf("no metric %s: %v", name, err)

@@ -23,10 +23,28 @@ func decodeBoth(data, other []byte, side int) (got, want image.Image, gotErr, wa
 	size := h.outputSizes(side, nil)[0]
 	got, gotErr = h.decodeTo(data, size, imageTools{})
 	stored, wantErr := decodeStored(other, h)
-	if wantErr == nil {
-		want = stored.render(h.Orientation.size(size.X, size.Y))
+	if wantErr != nil {
+		return got, nil, gotErr, wantErr
 	}
-	return got, want, gotErr, wantErr
+	w, ht := h.Orientation.size(size.X, size.Y)
+	if m, ok := stored.pixels.(*image.YCbCr); ok {
+		luma, chroma := h.jpeg.components[0], h.jpeg.components[1]
+		return got, resized(m, h, w, ht, luma.h/chroma.h, luma.v/chroma.v), gotErr, nil
+	}
+	return got, stored.render(w, ht), gotErr, nil
+}
+
+// resized is an image whose chroma samples cover subX × subY pixels, at w × h stored
+// pixels and upright.
+func resized(m *image.YCbCr, header imageHeader, w, h, subX, subY int) *image.YCbCr {
+	out := new(buffers).yCbCr(uprightRect(w, h, header.Orientation))
+	feed := func(r *resampler, plane []byte, stride int) {
+		r.feed(func(y int) []byte { return plane[y*stride:] }, r.vertical.source)
+	}
+	feed(lumaResampler(out.Y, out.YStride, header, w, h), m.Y, m.YStride)
+	feed(chromaResampler(out.Cb, out.CStride, header, w, h, subX, subY), m.Cb, m.CStride)
+	feed(chromaResampler(out.Cr, out.CStride, header, w, h, subX, subY), m.Cr, m.CStride)
+	return out
 }
 
 // alike fails the test if a JPEG is not decoded as another is by image/jpeg, which

@@ -123,12 +123,8 @@ func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error
 	if err != nil {
 		return nil, err
 	}
-	r, err := s.QueryOnce(ctx, sql, args...)
-	products, err := scanProducts(r, err)
-	if err != nil {
-		return nil, fmt.Errorf("list products: %w", err)
-	}
-	return products, nil
+	products, err := scanProducts(s.QueryOnce(ctx, sql, args...))
+	return products, wrap("list products", err)
 }
 
 // sql puts the query together. Values go in as parameters, but the limit, which

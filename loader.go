@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"sync"
 )
 
@@ -68,48 +70,45 @@ func (l *productLoader) join(id int64) *productLoad {
 // run reads what waits until nothing does.
 func (l *productLoader) run() {
 	for {
-		batch, ids := l.take()
+		batch := l.take()
 		if batch == nil {
 			return
 		}
-		l.read(batch, ids)
+		l.read(batch)
 	}
 }
 
 // take takes a batch of what waits. When there is none, run is over.
-func (l *productLoader) take() (batch map[int64]*productLoad, ids []int64) {
+func (l *productLoader) take() (batch map[int64]*productLoad) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.waiting) == 0 {
 		l.running--
-		return nil, nil
+		return nil
 	}
 	if len(l.waiting) <= maxLoadBatch {
 		batch, l.waiting = l.waiting, make(map[int64]*productLoad)
-		for id := range batch {
-			ids = append(ids, id)
-		}
-		return batch, ids
+		return batch
 	}
 	batch = make(map[int64]*productLoad, maxLoadBatch)
 	for id, load := range l.waiting {
-		if len(ids) == maxLoadBatch {
+		if len(batch) == maxLoadBatch {
 			break
 		}
-		batch[id], ids = load, append(ids, id)
+		batch[id] = load
 		delete(l.waiting, id)
 	}
-	return batch, ids
+	return batch
 }
 
 // read answers every load of a batch. While the database hangs it answers those
 // too that wait for the next query, which would wait as long for nothing: so each
 // reader has its answer within loadTimeout of the query that it waits for.
-func (l *productLoader) read(batch map[int64]*productLoad, ids []int64) {
+func (l *productLoader) read(batch map[int64]*productLoad) {
 	ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
 	defer cancel()
 	cacheLoads.Inc()
-	products, err := l.store.ProductsByID(ctx, ids)
+	products, err := l.store.ProductsByID(ctx, slices.Collect(maps.Keys(batch)))
 	if err != nil && ctx.Err() != nil {
 		fail(l.takeAll(), err)
 	}

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -34,15 +35,14 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 // exitCode prints the error, if there is one, and answers 2 for a mistake of
 // the caller, 1 for any other failure.
 func exitCode(err error, stderr io.Writer) int {
-	var usage usageError
-	switch {
-	case err == nil, errors.Is(err, flag.ErrHelp):
+	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
-	case errors.As(err, &usage):
-		fmt.Fprintf(stderr, "pms: %v\n\"pms help\" shows the manual.\n", err)
-		return 2
 	}
 	fmt.Fprintf(stderr, "pms: %v\n", err)
+	if _, ok := errors.AsType[usageError](err); ok {
+		fmt.Fprintln(stderr, `"pms help" shows the manual.`)
+		return 2
+	}
 	return 1
 }
 
@@ -128,12 +128,7 @@ func findCommand(args []string) (command, []string, error) {
 }
 
 func wantsHelp(args []string) bool {
-	for _, arg := range args {
-		if arg == "-h" || arg == "-help" || arg == "--help" {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(args, func(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" })
 }
 
 // parse reads a command's flags. It leaves want words behind them, or any

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -94,7 +95,7 @@ func (m *monitor) keep(s monitorSample) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.samples) == samplesKept {
-		m.samples = append(m.samples[:0], m.samples[1:]...)
+		m.samples = slices.Delete(m.samples, 0, 1)
 	}
 	m.samples = append(m.samples, s)
 }
@@ -103,7 +104,7 @@ func (m *monitor) keep(s monitorSample) {
 func (m *monitor) recent() []monitorSample {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return append([]monitorSample(nil), m.samples...)
+	return slices.Clone(m.samples)
 }
 
 func (m *monitor) counts() counts {

@@ -254,11 +254,7 @@ func readOrigin(r *http.Request) origin {
 }
 
 // newRequestID makes an id of 64 random bits. It is no secret.
-func newRequestID() string {
-	const digits = 16
-	id := strconv.AppendUint(make([]byte, 0, digits), rand.Uint64()|1<<63, 16)
-	return string(id)
-}
+func newRequestID() string { return strconv.FormatUint(rand.Uint64()|1<<63, 16) }
 
 // isRequestID says whether an id is safe to log and to pass on.
 func isRequestID(id string) bool {
@@ -328,7 +324,7 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	header := w.Header()
 	header.Set("Content-Type", "application/problem+json")
 	header.Set("Content-Length", strconv.Itoa(len(body)))
-	if rec, ok := w.(*recorder); ok && rec.unrouted != 0 {
+	if rec := w.(*recorder); rec.unrouted != 0 {
 		rec.route = unrouted
 	}
 	w.WriteHeader(p.Status)

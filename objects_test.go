@@ -69,8 +69,6 @@ func TestObjectOfALateUploadIsNoted(t *testing.T) {
 			t.Error("settled")
 		}
 		advance(s, garbageGrace+1)
-		if keys := collectGarbage(t, s); len(keys) != 1 || keys[0] != "late" {
-			t.Errorf("collected %v", keys)
-		}
+		wantGarbage(t, s, "after the grace", "late")
 	})
 }

@@ -530,10 +530,7 @@ func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error 
 			return fmt.Errorf("%w: %w", ctx.Err(), err)
 		}
 		w.log.Warn("waiting for the database or the storage", "retry_in", delay, "err", err)
-		select {
-		case <-time.After(delay):
-		case <-ctx.Done():
-		}
+		_ = sleep(ctx, delay)
 		delay = min(2*delay, maxPersistDelay)
 	}
 }

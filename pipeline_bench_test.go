@@ -39,15 +39,7 @@ func BenchmarkPipeline(b *testing.B) {
 func benchmarkPipeline(b *testing.B, photo []byte, workers int) {
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(photo) }))
 	defer web.Close()
-	db, err := openSQLite(b.TempDir())
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer db.Close()
-	s := newStore(db)
-	if err := s.Migrate(b.Context()); err != nil {
-		b.Fatal(err)
-	}
+	s := sqliteStore(b)
 	files, err := newFileBlobs(filepath.Join(b.TempDir(), "media"), "")
 	if err != nil {
 		b.Fatal(err)

@@ -94,7 +94,7 @@ func TestPoisonTakesNoInnocents(t *testing.T) {
 	if host.asked != suspectDeliveries+maxLoneStarts {
 		t.Errorf("the poison was started %d times, want %d", host.asked, suspectDeliveries+maxLoneStarts)
 	}
-	awaitReady(t, rawChannel(t, env["AMQP_URL"]), deadQueueName, 1)
+	awaitReady(t, openChannel(t, env["AMQP_URL"]), deadQueueName, 1)
 	var letters struct{ Items []deadLetterShown }
 	api.call(t, "GET", "/dead-letters?code=poison", nil, &letters)
 	if len(letters.Items) != 1 || letters.Items[0].Position != 2 {
@@ -105,7 +105,7 @@ func TestPoisonTakesNoInnocents(t *testing.T) {
 // returned publishes jobs that have come back so often each.
 func returned(t *testing.T, q *rabbitQueue, counts map[int64]int) {
 	t.Helper()
-	ch := rawChannel(t, q.url)
+	ch := openChannel(t, q.url)
 	get := func() amqp.Delivery {
 		var message amqp.Delivery
 		eventually(t, "a message is there", func() (ok bool) {
@@ -249,7 +249,7 @@ func TestGivenUpByTheBroker(t *testing.T) {
 // giveUp has the broker reach its delivery limit with the message that waits.
 func giveUp(t *testing.T, b *burial) {
 	t.Helper()
-	ch := rawChannel(t, b.queue.url)
+	ch := openChannel(t, b.queue.url)
 	messages, err := ch.Consume(workQueueName, "", false, false, false, false, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -170,10 +170,12 @@ func (r pgRows) Close() {
 
 func (r pgRows) Err() error { return pgError(r.Rows.Err()) }
 
-// foreignKeyViolation is PostgreSQL's code for a row that refers to none
-// (manual, appendix A). The only such reference that a client can get wrong is
-// a product's user.
-const foreignKeyViolation = "23503"
+// PostgreSQL's codes (manual, appendix A). The only reference to no row that a
+// client can get wrong is a product's user.
+const (
+	foreignKeyViolation = "23503"
+	undefinedTable      = "42P01" // nobody has migrated yet
+)
 
 // pgError puts what pgx reports into the store's words. Whatever is not an
 // error in our SQL is an outage: the network's, or a server that starts, stops,
@@ -187,12 +189,11 @@ func pgError(err error) error {
 		return fmt.Errorf("%w: %w", errUnavailable, err)
 	case pgErr.Code == foreignKeyViolation:
 		return errUnknownUser
+	case pgErr.Code == undefinedTable:
+		return fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	switch pgErr.Code[:2] {
 	case "08", "25", "28", "3D", "40", "53", "55", "57", "58": // by class, in the order of the appendix
-		return fmt.Errorf("%w: %w", errUnavailable, err)
-	}
-	if pgErr.Code == "42P01" { // undefined_table: nobody has migrated yet
 		return fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	return err

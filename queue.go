@@ -386,10 +386,8 @@ type amqpPublisher struct {
 
 func newAMQPPublisher(ctx context.Context, link *amqpLink, queue string) (*amqpPublisher, error) {
 	p := &amqpPublisher{link: link, queue: queue}
-	err := link.call(ctx, func() (err error) {
-		if p.ch, err = link.conn.Channel(); err != nil {
-			return err
-		}
+	err := link.onChannel(ctx, func(ch *amqp.Channel) error {
+		p.ch = ch
 		p.closed = p.ch.NotifyClose(make(chan *amqp.Error, 1))
 		p.returns = p.ch.NotifyReturn(make(chan amqp.Return, confirmWindow))
 		return p.ch.Confirm(false)
@@ -436,11 +434,7 @@ func (p *amqpPublisher) publish(ctx context.Context, jobs []Job) (refused []Job,
 func (p *amqpPublisher) send(jobs []Job) ([]*amqp.DeferredConfirmation, error) {
 	confirms := make([]*amqp.DeferredConfirmation, 0, len(jobs))
 	for _, job := range jobs {
-		message, err := encodeJob(job, time.Now())
-		if err != nil {
-			return confirms, err
-		}
-		confirm, err := p.ch.PublishWithDeferredConfirm("", p.queue, true, false, message)
+		confirm, err := p.ch.PublishWithDeferredConfirm("", p.queue, true, false, encodeJob(job, time.Now()))
 		if err != nil {
 			return confirms, fmt.Errorf("send job %d: %w", job.ID, err)
 		}
@@ -487,11 +481,8 @@ func messageID(job Job) string { return strconv.FormatInt(job.ID, 10) }
 
 // encodeJob makes the message of a job: persistent, and with what ties it to a
 // request in headers too, where an operator's tools can show it.
-func encodeJob(job Job, now time.Time) (amqp.Publishing, error) {
-	body, err := json.Marshal(job)
-	if err != nil {
-		return amqp.Publishing{}, fmt.Errorf("encode job %d: %w", job.ID, err)
-	}
+func encodeJob(job Job, now time.Time) amqp.Publishing {
+	body, _ := json.Marshal(job) // never fails
 	headers := amqp.Table{}
 	if job.RequestID != "" {
 		headers["x-request-id"] = job.RequestID
@@ -507,7 +498,7 @@ func encodeJob(job Job, now time.Time) (amqp.Publishing, error) {
 		Timestamp:    now,
 		AppId:        "pms",
 		Body:         body,
-	}, nil
+	}
 }
 
 // decodeJob reads a message's job. It passes over fields that it does not know,
@@ -537,15 +528,8 @@ func (r *retryPace) next() time.Duration {
 
 func (r *retryPace) reset() { r.pause = 0 }
 
-// wait sleeps for the next pause or until ctx ends.
-func (r *retryPace) wait(ctx context.Context) {
-	timer := time.NewTimer(r.next())
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
-	}
-}
+// wait lets the next pause pass, or ctx end.
+func (r *retryPace) wait(ctx context.Context) { _ = sleep(ctx, r.next()) }
 
 // healthLog logs when a fault begins or becomes another, and when it is over, so
 // that an hour without a broker is a few lines.
@@ -580,10 +564,10 @@ func (h *healthLog) mended(message string) {
 // faultKind tells faults of the broker apart without the ports and times that
 // make the text of each error its own.
 func faultKind(err error) string {
-	var broker *amqp.Error
-	switch {
-	case errors.As(err, &broker):
+	if broker, ok := errors.AsType[*amqp.Error](err); ok {
 		return strconv.Itoa(broker.Code)
+	}
+	switch {
 	case errors.Is(err, errNoQueue):
 		return "no queue"
 	case errors.Is(err, errBrokerFrozen):

@@ -69,8 +69,8 @@ func (q *rabbitQueue) consumeOnce(ctx context.Context, prefetch int, out chan<- 
 	}
 }
 
-// handOut gives one message to out, alone if nothing else is in hand. What is no job of ours goes to the dead
-// queue, where a person may look at it.
+// handOut gives one message to out; alone says that nothing else is in hand. What
+// is no job of ours goes to the dead queue, where a person may look at it.
 func (q *rabbitQueue) handOut(ctx context.Context, c *amqpConsumer, message amqp.Delivery, out chan<- Delivery, alone bool) {
 	job, err := decodeJob(message.Body)
 	if err != nil {
@@ -102,10 +102,7 @@ func settleMessage(message amqp.Delivery, v verdict) error {
 	case verdictReleased:
 		err = message.Reject(true)
 	}
-	if err != nil {
-		return fmt.Errorf("settle message %s: %w", message.MessageId, err)
-	}
-	return nil
+	return wrap("settle message "+message.MessageId, err)
 }
 
 // amqpConsumer is a subscription to the work queue.
@@ -132,10 +129,8 @@ func newAMQPConsumer(ctx context.Context, link *amqpLink, prefetch int) (*amqpCo
 
 // subscribe has the broker send messages on a channel of their own.
 func (c *amqpConsumer) subscribe(ctx context.Context) error {
-	err := c.link.call(ctx, func() (err error) {
-		if c.ch, err = c.link.conn.Channel(); err != nil {
-			return err
-		}
+	err := c.link.onChannel(ctx, func(ch *amqp.Channel) (err error) {
+		c.ch = ch
 		c.closed = c.ch.NotifyClose(make(chan *amqp.Error, 1))
 		c.canceled = c.ch.NotifyCancel(make(chan string, 1))
 		if err := c.ch.Qos(int(c.prefetch), 0, false); err != nil {

@@ -93,16 +93,11 @@ type deadSweep struct {
 }
 
 func (s *deadSweep) lock(ctx context.Context) error {
-	err := s.link.call(ctx, func() error {
-		ch, err := s.link.conn.Channel()
-		if err != nil {
-			return err
-		}
-		_, err = ch.QueueDeclare(sweepLockName, false, true, true, false, nil)
+	err := s.link.onChannel(ctx, func(ch *amqp.Channel) error {
+		_, err := ch.QueueDeclare(sweepLockName, false, true, true, false, nil)
 		return err
 	})
-	var broker *amqp.Error
-	if errors.As(err, &broker) && broker.Code == amqp.ResourceLocked {
+	if broker, ok := errors.AsType[*amqp.Error](err); ok && broker.Code == amqp.ResourceLocked {
 		return errSweepTaken
 	}
 	return wrap("lock the dead queue", err)
@@ -139,12 +134,8 @@ func (s *deadSweep) read(ctx context.Context) error {
 // subscribe returns the next messages. Their consumer keeps what it has read, so
 // the one after it gets others.
 func (s *deadSweep) subscribe(ctx context.Context) (messages <-chan amqp.Delivery, err error) {
-	err = s.link.call(ctx, func() error {
-		ch, err := s.link.conn.Channel()
-		if err != nil {
-			return err
-		}
-		if err := ch.Qos(sweepWindow, 0, false); err != nil {
+	err = s.link.onChannel(ctx, func(ch *amqp.Channel) (err error) {
+		if err = ch.Qos(sweepWindow, 0, false); err != nil {
 			return err
 		}
 		s.channels = append(s.channels, ch)

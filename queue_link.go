@@ -108,6 +108,17 @@ func (l *amqpLink) call(ctx context.Context, f func() error) error {
 	return err
 }
 
+// onChannel is call with a new channel.
+func (l *amqpLink) onChannel(ctx context.Context, f func(*amqp.Channel) error) error {
+	return l.call(ctx, func() error {
+		ch, err := l.conn.Channel()
+		if err != nil {
+			return err
+		}
+		return f(ch)
+	})
+}
+
 // kill ends the connection without a word to the broker.
 func (l *amqpLink) kill(why error) {
 	l.end(why)
@@ -124,18 +135,13 @@ func (l *amqpLink) close() {
 // inspect looks whether a queue exists and how many messages wait in it, on a
 // channel of its own, since the answer no closes the channel.
 func (l *amqpLink) inspect(ctx context.Context, name string) (waiting int, exists bool, err error) {
-	err = l.call(ctx, func() error {
-		ch, err := l.conn.Channel()
-		if err != nil {
-			return err
-		}
+	err = l.onChannel(ctx, func(ch *amqp.Channel) error {
 		defer ch.Close()
 		queue, err := ch.QueueDeclarePassive(name, true, false, false, false, nil)
 		waiting = queue.Messages
 		return err
 	})
-	var broker *amqp.Error
-	if errors.As(err, &broker) && broker.Code == amqp.NotFound {
+	if broker, ok := errors.AsType[*amqp.Error](err); ok && broker.Code == amqp.NotFound {
 		return 0, false, nil
 	}
 	return waiting, err == nil, err
@@ -143,17 +149,10 @@ func (l *amqpLink) inspect(ctx context.Context, name string) (waiting int, exist
 
 // declare makes a durable queue, or checks that the one there has these arguments.
 func (l *amqpLink) declare(ctx context.Context, name string, args amqp.Table) error {
-	err := l.call(ctx, func() error {
-		ch, err := l.conn.Channel()
-		if err != nil {
-			return err
-		}
+	err := l.onChannel(ctx, func(ch *amqp.Channel) error {
 		defer ch.Close()
-		_, err = ch.QueueDeclare(name, true, false, false, false, args)
+		_, err := ch.QueueDeclare(name, true, false, false, false, args)
 		return err
 	})
-	if err != nil {
-		return fmt.Errorf("declare queue %s: %w", name, err)
-	}
-	return nil
+	return wrap("declare queue "+name, err)
 }

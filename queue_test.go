@@ -173,7 +173,7 @@ func promiseRefillFirst(t *testing.T, open func(refillFunc) queueUnderTest) {
 	if refused, err := q.Publish(t.Context(), jobs(2)); err == nil || len(refused) != 2 {
 		t.Errorf("before Run: refused %v, error %v", refused, err)
 	}
-	background(t, q.Run)
+	runUntilEnd(t, q.Run)
 	receive(t, asked)
 	receive(t, asked)
 	if refused, err := q.Publish(t.Context(), jobs(2)); err == nil || len(refused) != 2 {
@@ -207,7 +207,7 @@ func TestQueueRejectsToDeadQueue(t *testing.T) {
 	t.Parallel()
 	url := testAMQP(t)
 	q := runQueue(t, newRabbitQueue(url, noRefill, testLog(t)))
-	ch := rawChannel(t, url)
+	ch := openChannel(t, url)
 	publishRaw(t, ch, workQueueName, "no job at all")
 	publishRaw(t, ch, workQueueName, `{"job":0,"product":9}`)
 	publishRaw(t, ch, workQueueName, `{"job":5,"product":9,"of_a_newer_version":true}`)
@@ -237,7 +237,7 @@ func TestQueueMessageOnTheWire(t *testing.T) {
 	url := testAMQP(t)
 	q := runQueue(t, newRabbitQueue(url, noRefill, testLog(t)))
 	publishAll(t, q, Job{ID: 12, ProductID: 4, RequestID: "req", Traceparent: "trace"})
-	m := getRaw(t, rawChannel(t, url), workQueueName)
+	m := getRaw(t, openChannel(t, url), workQueueName)
 	if m.DeliveryMode != amqp.Persistent || m.MessageId != "12" || m.AppId != "pms" || m.ContentType != "application/json" {
 		t.Errorf("properties: %+v", m)
 	}
@@ -255,7 +255,7 @@ func TestQueueDeletedIsRefilled(t *testing.T) {
 	refills := make(chan struct{}, 10)
 	q := runQueue(t, newRabbitQueue(url, func(context.Context) (int64, error) { refills <- struct{}{}; return 0, nil }, testLog(t)))
 	receive(t, refills)
-	ch := rawChannel(t, url)
+	ch := openChannel(t, url)
 	in := consume(t, q, 1)
 	publishAll(t, q, jobs(1)...)
 	settled(t, receive(t, in.out).Ack())
@@ -284,12 +284,12 @@ func TestQueueDeletedIsRefilled(t *testing.T) {
 func TestQueueWithOtherArguments(t *testing.T) {
 	t.Parallel()
 	url := testAMQP(t)
-	ch := rawChannel(t, url)
+	ch := openChannel(t, url)
 	if _, err := ch.QueueDeclare(workQueueName, true, false, false, false, nil); err != nil {
 		t.Fatal(err)
 	}
 	q := newRabbitQueue(url, noRefill, testLog(t))
-	background(t, q.Run)
+	runUntilEnd(t, q.Run)
 	eventually(t, "the fault is told", func() bool {
 		err := q.Ping(t.Context())
 		return err != nil && strings.Contains(err.Error(), "PRECONDITION_FAILED")
@@ -303,23 +303,9 @@ func TestQueueWithOtherArguments(t *testing.T) {
 // runQueue runs q until the test ends and waits until it takes jobs.
 func runQueue[Q queueUnderTest](t *testing.T, q Q) Q {
 	t.Helper()
-	background(t, q.Run)
+	runUntilEnd(t, q.Run)
 	eventually(t, "the queue is ready", func() bool { return q.Ping(t.Context()) == nil })
 	return q
-}
-
-// background runs a part until the test ends.
-func background(t *testing.T, run func(context.Context) error) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("Run: %v", err)
-		}
-	})
 }
 
 type consuming struct {
@@ -386,20 +372,6 @@ func settled(t *testing.T, err error) {
 	if err != nil {
 		t.Errorf("settle: %v", err)
 	}
-}
-
-func rawChannel(t *testing.T, url string) *amqp.Channel {
-	t.Helper()
-	conn, err := amqp.Dial(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	ch, err := conn.Channel()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ch
 }
 
 func publishRaw(t *testing.T, ch *amqp.Channel, queue, body string) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 )
 
@@ -37,7 +36,7 @@ func (s *store) MadeImages(ctx context.Context, f madeFilter, after int64, limit
 	where, args := f.where()
 	args = append(args, after)
 	r, err := s.QueryOnce(ctx, fmt.Sprintf("SELECT i.id FROM images i WHERE %s AND i.id > $%d ORDER BY i.id LIMIT %d", where, len(args), limit), args...)
-	ids, err := collect(r, err, scanID)
+	ids, err := collect(r, err, scanOne[int64])
 	return ids, wrap("list images", err)
 }
 
@@ -106,9 +105,7 @@ func reprocess(ctx context.Context, db *store, f madeFilter, rate int, invalidat
 // checkProducts answers an error if one of some products is not there.
 func checkProducts(ctx context.Context, db *store, ids []int64) error {
 	for _, id := range ids {
-		if _, err := db.Product(ctx, id); errors.Is(err, errNotFound) {
-			return fmt.Errorf("product %d: %w", id, err)
-		} else if err != nil {
+		if _, err := db.Product(ctx, id); err != nil {
 			return err
 		}
 	}

@@ -64,17 +64,11 @@ func TestStoreReprocessKeepsTheOldUntilTheNewIsSettled(t *testing.T) {
 			t.Fatalf("published %+v", again)
 		}
 		finishWith(t, s, again[0], "main", "640") // the image comes out the same, its variants do not
-		if keys := collectGarbage(t, s); len(keys) != 0 {
-			t.Errorf("deleted while pages still show them: %v", keys)
-		}
+		wantGarbage(t, s, "while pages still show them")
 		advance(s, overtakenTime)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"320", "800"}) {
-			t.Errorf("deleted after that: %v, want the old variants", keys)
-		}
+		wantGarbage(t, s, "after that", "320", "800")
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); len(keys) != 0 {
-			t.Errorf("objects in use would be deleted: %v", keys)
-		}
+		wantGarbage(t, s, "of objects in use")
 	})
 }
 
@@ -92,9 +86,7 @@ func TestStoreReprocessThatFailsKeepsTheOld(t *testing.T) {
 		}
 		bury(t, s, job, permanent("http_404", "404 Not Found"))
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"640"}) {
-			t.Errorf("deleted: %v, want the one that nothing refers to", keys)
-		}
+		wantGarbage(t, s, "of a try that failed", "640")
 		got, _ := s.Product(t.Context(), p.ID)
 		if image := got.Images[0]; image.Status != imageFailed || !slices.Equal(image.keys(), []string{"main", "320"}) {
 			t.Errorf("after the failure: %+v", image)
@@ -113,9 +105,7 @@ func TestStoreReprocessThatFailsKeepsTheOld(t *testing.T) {
 			t.Fatal(err)
 		}
 		advance(s, overtakenTime)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"320", "640", "main"}) {
-			t.Errorf("deleted with the product: %v", keys)
-		}
+		wantGarbage(t, s, "with the product", "320", "640", "main")
 	})
 }
 
@@ -138,9 +128,7 @@ func TestStoreDropsAnImageThatIsMadeAgain(t *testing.T) {
 			t.Errorf("settled: %v", err)
 		}
 		advance(s, 2*garbageGrace)
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"320", "640", "main"}) {
-			t.Errorf("deleted: %v", keys)
-		}
+		wantGarbage(t, s, "with the product", "320", "640", "main")
 	})
 }
 
@@ -234,11 +222,7 @@ func TestReprocessOverHTTP(t *testing.T) {
 func TestReprocessCommand(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	db, err := openSQLite(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := migratedStore(t, db)
+	s := storeIn(t, dir)
 	other := addUser(t, s)
 	for n, p := range []Product{
 		{UserID: 1, Images: sourcesOf("https://a.example/1", "https://b.example/2")},
@@ -380,34 +364,17 @@ func TestReprocessAfterASettingChanged(t *testing.T) {
 // wantVariants fetches an image and its variants, which must be of these widths.
 func wantVariants(t *testing.T, p shown, n int, widths ...int) {
 	t.Helper()
-	image := p.Images[n]
-	if statusOf(image.URL) != 200 || len(image.Variants) != len(widths) {
-		t.Fatalf("image %d is %+v, want variants of %v", n, image, widths)
+	made := p.Images[n]
+	if statusOf(made.URL) != 200 || len(made.Variants) != len(widths) {
+		t.Fatalf("image %d is %+v, want variants of %v", n, made, widths)
 	}
-	for i, v := range image.Variants {
-		data, config := fetchImage(t, v.URL)
-		if v.Width != widths[i] || config.Width != widths[i] || config.Height != (widths[i]+1)/2 || v.Bytes != len(data) {
+	for i, v := range made.Variants {
+		_, data := download(t, v.URL)
+		config, _, err := image.DecodeConfig(bytes.NewReader(data))
+		if err != nil || v.Width != widths[i] || config.Width != widths[i] || config.Height != (widths[i]+1)/2 || v.Bytes != len(data) {
 			t.Errorf("variant %+v is %d × %d in %d bytes, want it %d wide", v, config.Width, config.Height, len(data), widths[i])
 		}
 	}
-}
-
-func fetchImage(t *testing.T, from string) ([]byte, image.Config) {
-	t.Helper()
-	response, err := http.Get(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	data, err := io.ReadAll(response.Body)
-	if err != nil || response.StatusCode != 200 {
-		t.Fatalf("GET %s: %s, %v", from, response.Status, err)
-	}
-	config, _, err := image.DecodeConfig(bytes.NewReader(data))
-	if err != nil {
-		t.Fatalf("GET %s: %v", from, err)
-	}
-	return data, config
 }
 
 // A process that is killed between the uploads of an image's variants leaves
@@ -444,11 +411,7 @@ func TestKilledBetweenVariantUploads(t *testing.T) {
 				t.Error(err)
 			}
 			collectOrphans(t, dir, env)
-			db, err := openSQLite(dir)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got, err := migratedStore(t, db).Product(t.Context(), p.ID)
+			got, err := storeIn(t, dir).Product(t.Context(), p.ID)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -463,11 +426,7 @@ func TestKilledBetweenVariantUploads(t *testing.T) {
 // collectOrphans deletes what is garbage after the grace has passed.
 func collectOrphans(t *testing.T, dir string, env map[string]string) {
 	t.Helper()
-	db, err := openSQLite(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := migratedStore(t, db)
+	s := storeIn(t, dir)
 	advance(s, 2*garbageGrace)
 	storage, err := newS3Blobs(t.Context(), env["S3_BUCKET"], "", func(name string) string { return env[name] })
 	if err != nil {

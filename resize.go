@@ -96,11 +96,6 @@ func trimTaps(first int, weights []int16) taps {
 	return taps{first, weights}
 }
 
-// resample reads the rows of a whole image, each once, from the top down.
-func resample(read func(y int) []byte, channels int, horizontal, vertical axis, emit func(y int, row []byte)) {
-	newResampler(channels, horizontal, vertical, emit).feed(read, vertical.source)
-}
-
 // resampler makes the rows of a resized image of rows of interleaved 8-bit samples
 // (one channel, or four), from the top down. A row passed to emit is valid until
 // emit returns. Besides its tables it holds one window of horizontally resized

@@ -141,10 +141,7 @@ func (b *s3Blobs) Put(ctx context.Context, key, contentType string, data []byte)
 		ContentType:  aws.String(contentType),
 		CacheControl: aws.String(blobCacheControl),
 	})
-	if err != nil {
-		return fmt.Errorf("put blob %s: %w", key, err)
-	}
-	return nil
+	return wrap("put blob "+key, err)
 }
 
 // Delete removes an object. That it is not there is fine.
@@ -153,22 +150,16 @@ func (b *s3Blobs) Delete(ctx context.Context, key string) error {
 		Bucket: aws.String(b.bucket),
 		Key:    aws.String(key),
 	})
-	var answer smithy.APIError
-	if errors.As(err, &answer) && answer.ErrorCode() == "NoSuchKey" { // S3 itself says 204
+	if answer, ok := errors.AsType[smithy.APIError](err); ok && answer.ErrorCode() == "NoSuchKey" { // S3 itself says 204
 		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("delete blob %s: %w", key, err)
-	}
-	return nil
+	return wrap("delete blob "+key, err)
 }
 
 // Ping reports whether the bucket is there and may be used.
 func (b *s3Blobs) Ping(ctx context.Context) error {
-	if _, err := b.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: aws.String(b.bucket)}); err != nil {
-		return fmt.Errorf("head bucket %s: %w", b.bucket, err)
-	}
-	return nil
+	_, err := b.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: aws.String(b.bucket)})
+	return wrap("head bucket "+b.bucket, err)
 }
 
 // URL returns where clients get an object.

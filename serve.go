@@ -42,7 +42,8 @@ type app struct {
 	name       string // of the command
 	store      *store
 	queue      queue
-	cache      *cache // nil: none
+	reader     productReader
+	cache      *cache // the reader, if it is one
 	cacheName  string
 	blobs      blobs
 	media      *fileBlobs // blobs, if they are files
@@ -110,7 +111,7 @@ func (a *app) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.parts = []part{{"store", true, a.store.Ping}, {"queue", false, a.queue.Ping}, {"blobs", false, blobsPing}}
-	if err := a.openCache(); err != nil {
+	if err := a.openReader(); err != nil {
 		return err
 	}
 	a.dispatcher = newDispatcher(a.store, a.queue, a.log)
@@ -186,25 +187,27 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 	return files.Ping, nil
 }
 
-// openCache makes the cache that the settings name, if any. The one in the
-// process is for a process that is the only one to write.
-func (a *app) openCache() error {
-	reader := newProductLoader(a.store, encoder{a.objectURL})
+// openReader makes what reads products, with the cache that the settings name, if
+// any. The one in the process is for a process that is the only one to write.
+func (a *app) openReader() error {
+	var backend cacheBackend
+	a.reader = newProductLoader(a.store, encoder{a.objectURL})
 	switch {
 	case a.RedisURL == "off", a.RedisURL == "" && a.DatabaseURL != "":
 		a.cacheName = "none"
+		return nil
 	case a.RedisURL == "":
-		a.cacheName = "embedded"
-		a.cache = newCache(reader, newMemoryCache(a.CacheTTL, a.CacheSize), a.CacheTTL, a.log)
+		a.cacheName, backend = "embedded", newMemoryCache(a.CacheTTL, a.CacheSize)
 	default:
-		a.cacheName = "redis"
 		redis, err := newRedisCache(a.RedisURL, a.CacheTTL, a.CacheSize, a.log)
 		if err != nil {
 			return err
 		}
-		a.cache = newCache(reader, redis, a.CacheTTL, a.log)
+		a.cacheName, backend = "redis", redis
 		a.parts = append(a.parts, part{"cache", false, redis.Ping})
 	}
+	a.cache = newCache(a.reader, backend, a.CacheTTL, a.log)
+	a.reader = a.cache
 	return nil
 }
 
@@ -234,7 +237,7 @@ func (a *app) run(ctx context.Context) error {
 	defer stopBack()
 	back, backCtx := errgroup.WithContext(backCtx)
 	back.Go(func() error { return a.migrate(backCtx) })
-	for _, run := range []func(context.Context) error{a.queue.Run, a.dispatcher.Run, a.janitor.Run, a.runDead, a.runCache} {
+	for _, run := range a.backParts() {
 		back.Go(func() error { return a.afterMigration(backCtx, run) })
 	}
 	front, frontCtx := errgroup.WithContext(ctx)
@@ -246,13 +249,10 @@ func (a *app) run(ctx context.Context) error {
 			return context.Cause(backCtx)
 		}
 	})
-	if a.listener != nil { // whoever may ask for /metrics gets those of the workload too
-		back.Go(func() error { return a.afterMigration(backCtx, a.monitor.Run) })
-		back.Go(func() error { return a.afterMigration(backCtx, a.feed.Run) })
+	if a.listener != nil {
 		front.Go(func() error { return a.serveHTTP(frontCtx) })
 	}
 	if a.name != "api" {
-		back.Go(func() error { return a.afterMigration(backCtx, a.deliverer.Run) })
 		front.Go(func() error {
 			return a.afterMigration(frontCtx, func(stop context.Context) error { return a.process(backCtx, stop) })
 		})
@@ -266,6 +266,24 @@ func (a *app) run(ctx context.Context) error {
 		a.log.Info("stopped")
 	}
 	return err
+}
+
+// backParts are what runs until all who use it have ended.
+func (a *app) backParts() []func(context.Context) error {
+	parts := []func(context.Context) error{a.queue.Run, a.dispatcher.Run, a.janitor.Run}
+	if a.dead != nil {
+		parts = append(parts, a.dead.Run)
+	}
+	if a.cache != nil {
+		parts = append(parts, a.cache.Run)
+	}
+	if a.listener != nil { // whoever may ask for /metrics gets those of the workload too
+		parts = append(parts, a.monitor.Run, a.feed.Run)
+	}
+	if a.name != "api" {
+		parts = append(parts, a.deliverer.Run)
+	}
+	return parts
 }
 
 // logStart says once what the program is made of.
@@ -310,10 +328,7 @@ func (a *app) migrate(ctx context.Context) error {
 		if !said {
 			a.log.Warn("database is away, retrying", "err", err)
 		}
-		select {
-		case <-time.After(migrateInterval):
-		case <-ctx.Done():
-		}
+		_ = sleep(ctx, migrateInterval)
 	}
 }
 
@@ -327,25 +342,11 @@ func (a *app) afterMigration(ctx context.Context, run func(context.Context) erro
 	}
 }
 
-func (a *app) runDead(ctx context.Context) error {
-	if a.dead == nil {
-		return nil
-	}
-	return a.dead.Run(ctx)
-}
-
 // deadChanged says that there are fewer dead letters than copies.
 func (a *app) deadChanged() {
 	if a.dead != nil {
 		a.dead.LookSoon()
 	}
-}
-
-func (a *app) runCache(ctx context.Context) error {
-	if a.cache == nil {
-		return nil
-	}
-	return a.cache.Run(ctx)
 }
 
 // process runs the image pipeline until stop ends, and lets it finish what it
@@ -392,7 +393,7 @@ func newWebServer(handler http.Handler, log *slog.Logger) *http.Server {
 func (a *app) serveHTTP(ctx context.Context) error {
 	s := &server{
 		store:      a.store,
-		products:   a.reader(),
+		products:   a.reader,
 		encoder:    encoder{a.objectURL},
 		wake:       a.dispatcher.Wake,
 		invalidate: a.changed,
@@ -425,7 +426,7 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	}
 	a.log.Info("stopping")
 	s.draining.Store(true)
-	<-time.After(a.ShutdownDelay) // requests are answered meanwhile
+	time.Sleep(a.ShutdownDelay) // requests are answered meanwhile
 	close(s.stopping)
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.ShutdownGrace)
 	defer cancel()
@@ -434,14 +435,6 @@ func (a *app) serveHTTP(ctx context.Context) error {
 		web.Close()
 	}
 	return nil
-}
-
-// reader is where product reads go.
-func (a *app) reader() productReader {
-	if a.cache != nil {
-		return a.cache
-	}
-	return newProductLoader(a.store, encoder{a.objectURL})
 }
 
 // withStore runs an operator's command on the database, which must be there.

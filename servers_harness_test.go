@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -205,7 +204,7 @@ func TestS3ByEnvironment(t *testing.T) {
 		t.Fatal(err)
 	}
 	putObject(t, s3.NewFromConfig(cfg), env.Bucket, "a/b.txt", "by environment")
-	if got := getAnonymously(t, env.ObjectURL("a/b.txt")); got != "by environment" {
+	if got := textOf(t, env.ObjectURL("a/b.txt")); got != "by environment" {
 		t.Errorf("anonymous GET: %q", got)
 	}
 }
@@ -217,7 +216,7 @@ func TestS3KeepsObjectThroughKill(t *testing.T) {
 	putObject(t, env.client(), env.Bucket, "k.txt", "kept")
 	s.Kill(t)
 	s.Start(t)
-	if got := getAnonymously(t, env.ObjectURL("k.txt")); got != "kept" {
+	if got := textOf(t, env.ObjectURL("k.txt")); got != "kept" {
 		t.Errorf("anonymous GET after Kill and Start: %q, want kept", got)
 	}
 }
@@ -228,20 +227,6 @@ func putObject(t *testing.T, client *s3.Client, bucket, key, body string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-func getAnonymously(t *testing.T, url string) string {
-	t.Helper()
-	resp, err := http.Get(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatalf("GET %s: %s, %q, %v", url, resp.Status, body, err)
-	}
-	return string(body)
 }
 
 // TestGivenServers points the variables at servers of ours, as if they had

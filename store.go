@@ -119,6 +119,23 @@ func collect[T any](r rows, err error, scan func(rows) (T, error)) ([]T, error) 
 	return all, r.Err()
 }
 
+// scanOne scans a row of one column.
+func scanOne[T any](r rows) (one T, err error) {
+	err = r.Scan(&one)
+	return one, err
+}
+
+// only is the one row of a result, or errNotFound if there is none.
+func only[T any](all []T, err error) (one T, _ error) {
+	if err == nil && len(all) == 0 {
+		err = errNotFound
+	}
+	if err != nil {
+		return one, err
+	}
+	return all[0], nil
+}
+
 // changed runs an UPDATE in a transaction of its own and scans what it returns.
 func changed[T any](ctx context.Context, s *store, scan func(rows) (T, error), sql string, args ...any) (all []T, err error) {
 	err = s.InTx(ctx, func(tx querier) error {
@@ -192,8 +209,7 @@ ORDER BY i.position`
 
 // ProductsByID reads the products that there are of some ids.
 func (s *store) ProductsByID(ctx context.Context, ids []int64) ([]Product, error) {
-	r, err := s.Query(ctx, selectProducts, ids)
-	products, err := scanProducts(r, err)
+	products, err := scanProducts(s.Query(ctx, selectProducts, ids))
 	return products, wrap("read products", err)
 }
 
@@ -209,15 +225,8 @@ func (s *store) Product(ctx context.Context, id int64) (Product, error) {
 }
 
 func product(ctx context.Context, q querier, id int64) (Product, error) {
-	r, err := q.Query(ctx, selectProduct, id)
-	products, err := scanProducts(r, err)
-	if err != nil {
-		return Product{}, fmt.Errorf("read product %d: %w", id, err)
-	}
-	if len(products) == 0 {
-		return Product{}, errNotFound
-	}
-	return products[0], nil
+	p, err := only(scanProducts(q.Query(ctx, selectProduct, id)))
+	return p, wrap(fmt.Sprintf("read product %d", id), err)
 }
 
 // origin is where a change came from: it goes with the images that it queues,

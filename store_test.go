@@ -20,11 +20,8 @@ import (
 func eachStore(t *testing.T, test func(t *testing.T, s *store)) {
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		db, err := openPostgres(t.Context(), testDatabase(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		test(t, migratedStore(t, db))
+		s, _ := postgresStore(t)
+		test(t, s)
 	})
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
@@ -44,6 +41,12 @@ func sqliteStore(t testing.TB) *store {
 	if err := os.WriteFile(filepath.Join(dir, "pms.db"), migrated, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return storeIn(t, dir)
+}
+
+// storeIn is a store in the SQLite database of a directory.
+func storeIn(t testing.TB, dir string) *store {
+	t.Helper()
 	db, err := openSQLite(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -68,6 +71,27 @@ var migratedFile = sync.OnceValues(func() ([]byte, error) {
 	}
 	return os.ReadFile(filepath.Join(dir, "pms.db"))
 })
+
+// postgresStore is a store in a PostgreSQL database of its own.
+func postgresStore(t testing.TB) (*store, *postgres) {
+	t.Helper()
+	db, err := openPostgres(t.Context(), testDatabase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return migratedStore(t, db), db
+}
+
+// storeAway is a store whose database is away.
+func storeAway(t *testing.T) *store {
+	t.Helper()
+	db, err := openPostgres(t.Context(), "postgres://nobody@127.0.0.1:1/none")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	return newStore(db)
+}
 
 // migratedStore is a store whose database has the schema and user 1.
 func migratedStore(t testing.TB, db database) *store {
@@ -144,8 +168,9 @@ func finish(t *testing.T, s *store, job Job, key string) int64 {
 	return version
 }
 
-// collectGarbage answers the keys of the objects that are due for deletion.
-func collectGarbage(t *testing.T, s *store) []string {
+// wantGarbage deletes the objects that are due, and fails the test unless they are
+// those of these keys.
+func wantGarbage(t *testing.T, s *store, when string, want ...string) {
 	t.Helper()
 	var keys []string
 	_, err := s.CollectGarbage(t.Context(), 1000, func(_ context.Context, key string) error {
@@ -156,7 +181,9 @@ func collectGarbage(t *testing.T, s *store) []string {
 		t.Fatal(err)
 	}
 	slices.Sort(keys)
-	return keys
+	if !slices.Equal(keys, want) {
+		t.Errorf("%s: deleted %q, want %q", when, keys, want)
+	}
 }
 
 // advance turns the store's clock forward.
@@ -316,9 +343,7 @@ func TestStoreUpdateKeepsImagesWhoseSourceStays(t *testing.T) {
 				if got := strings.Join(queued, " "); got != c.queued {
 					t.Errorf("queued %q, want %q", got, c.queued)
 				}
-				if got := strings.Join(collectGarbage(t, s), " "); got != c.garbage {
-					t.Errorf("objects to delete: %q, want %q", got, c.garbage)
-				}
+				wantGarbage(t, s, "of what was dropped", strings.Fields(c.garbage)...)
 			})
 		})
 	}
@@ -400,9 +425,7 @@ func TestStoreDeleteLeavesNothing(t *testing.T) {
 		if err := s.DeleteProduct(t.Context(), p.ID, always); !errors.Is(err, errNotFound) {
 			t.Errorf("second deletion: %v", err)
 		}
-		if keys := collectGarbage(t, s); !slices.Equal(keys, []string{"object"}) {
-			t.Errorf("objects to delete: %v", keys)
-		}
+		wantGarbage(t, s, "with the product", "object")
 		if _, err := s.PendingImage(t.Context(), jobs[1].ID); !errors.Is(err, errNotFound) {
 			t.Errorf("its pending image: %v", err)
 		}

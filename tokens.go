@@ -157,17 +157,11 @@ func listTokensCommand(p *program, ctx context.Context, flags *flag.FlagSet, arg
 }
 
 func revokeTokenCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
-	ids, err := parseIDs(flags, args)
-	if err != nil {
-		return err
-	}
-	return p.withStore(ctx, func(db *store) error {
-		for _, id := range ids {
-			if err := db.RevokeToken(ctx, id); err != nil {
-				return err
-			}
+	return p.forEachID(ctx, flags, args, func(db *store, id int64) error {
+		err := db.RevokeToken(ctx, id)
+		if err == nil {
 			fmt.Fprintf(p.stdout, "token %d is revoked; running instances accept it for %v at most\n", id, tokenTime)
 		}
-		return nil
+		return err
 	})
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"log/slog"
 	"net"
 	"net/http"
@@ -95,14 +96,11 @@ var unparsedDetails = map[int]string{
 
 // answerUnparsed makes the whole answer to a request that could not be read.
 func (s *server) answerUnparsed(status int, remote net.Addr) []byte {
-	p := problem{Type: "about:blank", Status: status, Detail: unparsedDetails[status], RequestID: newRequestID()}
-	if p.Detail == "" {
-		p.Detail = "the request is not well-formed HTTP"
+	detail := cmp.Or(unparsedDetails[status], "the request is not well-formed HTTP")
+	if status >= 500 {
+		status = http.StatusBadRequest
 	}
-	if p.Status >= 500 {
-		p.Status = http.StatusBadRequest
-	}
-	p.Title = http.StatusText(p.Status)
+	p := problemFor(&httpError{status, detail}, origin{RequestID: newRequestID()})
 	unrouted.count(p.Status, 0)
 	s.log.Info("request", slog.String("request_id", p.RequestID), slog.Int("status", p.Status), slog.String("remote", remote.String()))
 	body := encodeJSON(p)

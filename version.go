@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -34,16 +35,10 @@ func buildOf(info *debug.BuildInfo) build {
 	for _, s := range info.Settings {
 		settings[s.Key] = s.Value
 	}
-	known := func(value string) string {
-		if value == "" {
-			return "unknown"
-		}
-		return value
-	}
 	return build{
-		version:  known(info.Main.Version),
-		revision: known(settings["vcs.revision"]),
-		time:     known(settings["vcs.time"]),
+		version:  cmp.Or(info.Main.Version, "unknown"),
+		revision: cmp.Or(settings["vcs.revision"], "unknown"),
+		time:     cmp.Or(settings["vcs.time"], "unknown"),
 		modified: settings["vcs.modified"] == "true",
 		goBuild:  fmt.Sprintf("%s %s/%s", info.GoVersion, settings["GOOS"], settings["GOARCH"]),
 	}

@@ -151,14 +151,8 @@ func (s *store) Webhooks(ctx context.Context, userID *int64) ([]webhook, error) 
 // Webhook reads one, or answers errNotFound.
 func (s *store) Webhook(ctx context.Context, id int64) (webhook, error) {
 	r, err := s.Query(ctx, selectWebhook, id)
-	hooks, err := collect(r, err, scanWebhook)
-	if err == nil && len(hooks) == 0 {
-		err = errNotFound
-	}
-	if err != nil {
-		return webhook{}, wrap(fmt.Sprintf("read webhook %d", id), err)
-	}
-	return hooks[0], nil
+	hook, err := only(collect(r, err, scanWebhook))
+	return hook, wrap(fmt.Sprintf("read webhook %d", id), err)
 }
 
 const selectFailedDeliveries = `

@@ -44,16 +44,14 @@ type deliverer struct {
 	post     func(ctx context.Context, url string, header http.Header, body []byte) error
 	settings imageSettings // of its retries, which are as those of images
 	log      *slog.Logger
-
-	mu    sync.Mutex
-	lanes map[int64]bool // webhooks that are being sent to
+	lanes    sync.Map // ids of the webhooks that are being sent to
 }
 
 func newDeliverer(db *store, enc encoder, limits fetchLimits, settings imageSettings, log *slog.Logger) *deliverer {
 	limits.Timeout = webhookTimeout
 	return &deliverer{
 		store: db, encoder: enc, post: newFetcher(limits).Post,
-		settings: settings, log: log.With("stage", "webhooks"), lanes: make(map[int64]bool),
+		settings: settings, log: log.With("stage", "webhooks"),
 	}
 }
 
@@ -84,7 +82,7 @@ func (d *deliverer) work(ctx context.Context, lanes *sync.WaitGroup) error {
 	}
 	due, err := d.store.DueWebhooks(ctx)
 	for _, id := range due {
-		if d.enter(id) {
+		if _, busy := d.lanes.LoadOrStore(id, true); !busy {
 			lanes.Go(func() { d.lane(ctx, id) })
 		}
 	}
@@ -107,24 +105,9 @@ func (d *deliverer) body(e event) []byte {
 	return bytes.TrimSpace(encodeJSON(webhookJSON{kind, jsonTime(e.CreatedAt), m.data}))
 }
 
-// enter reports whether the webhook had no lane yet; it has one now.
-func (d *deliverer) enter(id int64) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	had := d.lanes[id]
-	d.lanes[id] = true
-	return !had
-}
-
-func (d *deliverer) leave(id int64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	delete(d.lanes, id)
-}
-
 // lane sends what is due of one webhook.
 func (d *deliverer) lane(ctx context.Context, id int64) {
-	defer d.leave(id)
+	defer d.lanes.Delete(id)
 	for ctx.Err() == nil {
 		to, claimed, err := d.store.ClaimDeliveries(ctx, id, rand.Int64(), webhookParallel)
 		if err != nil && !errors.Is(err, errNotFound) && ctx.Err() == nil {
@@ -205,9 +188,7 @@ func (d *deliverer) settle(log *slog.Logger, do func(context.Context) error) {
 		if err == nil {
 			return
 		}
-		select {
-		case <-time.After(delay):
-		case <-ctx.Done():
+		if sleep(ctx, delay) != nil {
 			log.Warn("delivery not settled, it will be sent again", "err", err)
 			return
 		}
