@@ -1008,6 +1008,7 @@ func TestCommandLine(t *testing.T) {
 		"-h":                    {[]string{"-h"}, nil, 0, []string{"Commands:"}},
 		"help of a command":     {[]string{"worker", "-h"}, nil, 0, []string{"Commands:"}},
 		"help of user":          {[]string{"user", "-h"}, nil, 0, []string{"user add"}},
+		"help of dead show":     {[]string{"dead", "show", "-h"}, nil, 0, []string{"Commands:"}},
 		"help despite settings": {[]string{"serve", "-h"}, map[string]string{"IMAGE_QUALITY": "0"}, 0, []string{"Commands:"}},
 		"unknown command":       {[]string{"fly"}, nil, 2, []string{`unknown command "fly"`}},
 		"half a command":        {[]string{"user"}, nil, 2, []string{`unknown command "user"`}},
@@ -1017,6 +1018,7 @@ func TestCommandLine(t *testing.T) {
 		"token without user":    {[]string{"token", "create"}, nil, 2, []string{"-user"}},
 		"dead without id":       {[]string{"dead", "show"}, nil, 2, []string{"id"}},
 		"dead with a bad id":    {[]string{"dead", "discard", "x"}, nil, 2, []string{`"x"`}},
+		"user with a bad email": {[]string{"user", "add", "-name", "x", "-email", "Ann <ann@example.com>"}, nil, 2, []string{"-email"}},
 		"api on its own":        {[]string{"api"}, nil, 2, []string{"DATABASE_URL", "AMQP_URL"}},
 		"worker without broker": {[]string{"worker"}, map[string]string{"DATABASE_URL": "postgres://localhost/x"}, 2, []string{"AMQP_URL"}},
 		"all bad settings at once": {nil, map[string]string{"LISTEN_ADDR": "x", "DATABASE_URL": "mysql://x", "REDIS_URL": "x", "AMQP_URL": "http://x", "CACHE_TTL": "0s", "CACHE_SIZE": "1KiB", "AUTH": "maybe",
@@ -1024,6 +1026,11 @@ func TestCommandLine(t *testing.T) {
 			"RETRY_ATTEMPTS": "0", "RETRY_BASE": "-1s", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml", "PUBLIC_URL": "x", "S3_PUBLIC_URL": "x"}, 2,
 			[]string{"LISTEN_ADDR", "IMAGE_VARIANTS", "DATABASE_URL", "REDIS_URL", "AMQP_URL", "CACHE_TTL", "CACHE_SIZE", "AUTH", "IMAGE_WORKERS", "IMAGE_MEMORY", "IMAGE_MAX_BYTES", "IMAGE_MAX_PIXELS", "IMAGE_MAX_SIDE",
 				"IMAGE_QUALITY", "IMAGE_TIMEOUT", "IMAGE_ALLOW_PRIVATE", "RETRY_ATTEMPTS", "RETRY_BASE", "LOG_LEVEL", "LOG_FORMAT", "PUBLIC_URL", "S3_PUBLIC_URL", "S3_BUCKET"}},
+		"settings that only their library knows to be bad": {nil, map[string]string{"DATABASE_URL": "postgres://h/d?pool_max_conns=x", "REDIS_URL": "redis://h/zero", "AMQP_URL": "amqp://h?heartbeat=x",
+			"S3_BUCKET": "Two words", "S3_PUBLIC_URL": "https://h/?a=b", "PUBLIC_URL": "http://h/#f"}, 2, []string{"DATABASE_URL", "REDIS_URL", "AMQP_URL", "S3_BUCKET", "S3_PUBLIC_URL", "PUBLIC_URL"}},
+		"Redis without RESP3":       {nil, map[string]string{"REDIS_URL": "redis://h/?protocol=2"}, 2, []string{"REDIS_URL"}},
+		"a bad endpoint":            {nil, map[string]string{"S3_BUCKET": "photos", "AWS_ENDPOINT_URL_S3": "127.0.0.1:9000"}, 2, []string{"AWS_ENDPOINT_URL_S3"}},
+		"a bucket without a region": {nil, map[string]string{"S3_BUCKET": "photos", "AWS_CONFIG_FILE": os.DevNull}, 2, []string{"AWS_REGION"}},
 		"a secret in a bad setting": {nil, map[string]string{"AMQP_URL": "ampq://u:hunter2@h"}, 2, []string{"AMQP_URL"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -1039,10 +1046,21 @@ func TestCommandLine(t *testing.T) {
 					t.Errorf("%q is not in %s", part, out.String())
 				}
 			}
+			if c.code != 0 && strings.Contains(out.String(), "Commands:") {
+				t.Errorf("the manual hides the mistake: %s", out.String())
+			}
 			if strings.Contains(out.String(), "hunter2") {
 				t.Errorf("a secret was printed: %s", out.String())
 			}
 		})
+	}
+}
+
+func TestRedisURLMayEndInASlash(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"REDIS_URL": "redis://cache.example/"}
+	if c, err := loadConfig(func(name string) string { return env[name] }, false); err != nil || c.RedisURL != "redis://cache.example" {
+		t.Errorf("it is taken as %q, %v", c.RedisURL, err)
 	}
 }
 
@@ -1061,7 +1079,7 @@ func TestExampleSettingsAreComplete(t *testing.T) {
 
 func TestDotEnv(t *testing.T) {
 	t.Parallel()
-	values, err := readDotEnv(strings.NewReader("# a comment\n\nA=1\nexport B = \"two words\" \nC='x=y'\nD=\n"))
+	values, err := readDotEnv(strings.NewReader("\ufeff# a comment\n\nA=1\nexport B = \"two words\" \nC='x=y'\nD=\n"))
 	if err != nil || !maps.Equal(values, map[string]string{"A": "1", "B": "two words", "C": "x=y", "D": ""}) {
 		t.Errorf("read %q, %v", values, err)
 	}

@@ -174,7 +174,7 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 	if a.S3Bucket != "" {
 		s3, err := newS3Blobs(ctx, a.S3Bucket, a.S3PublicURL, a.getenv)
 		if err != nil {
-			return nil, fmt.Errorf("open S3: %w", err)
+			return nil, usageError{fmt.Errorf("open S3: %w", err)} // it asks no server yet
 		}
 		a.blobs, a.objectURL = s3, s3.URL
 		return s3.Ping, nil
