@@ -766,6 +766,25 @@ func (i *instance) metric(t *testing.T, name string) float64 {
 	return value
 }
 
+// A second program on the files of the embedded default would serve what the
+// first has changed, so it is refused; operators' commands are not.
+func TestEmbeddedDefaultServesOnce(t *testing.T) {
+	t.Parallel()
+	env := environment(map[string]string{"DATA_DIR": t.TempDir()})
+	first := startBinary(t, env)
+	second := launchProgram(t, programPath(t), env)
+	eventually(t, "the second is refused", func() bool { return strings.Contains(second.log.tail(3), env["DATA_DIR"]+": another") })
+	if err := second.wait(); err == nil {
+		t.Error("the second ended well")
+	}
+	var out bytes.Buffer
+	if err := run(t.Context(), []string{"dead", "list"}, func(name string) string { return env[name] }, &out, &out); err != nil {
+		t.Error(err)
+	}
+	first.kill()
+	startBinary(t, env)
+}
+
 // The embedded default keeps what it accepted when it is killed.
 func TestEmbeddedDefaultSurvivesKill(t *testing.T) {
 	t.Parallel()

@@ -41,6 +41,7 @@ type app struct {
 	*program
 	name       string // of the command
 	store      *store
+	unlock     func() error // of DATA_DIR; nil if it was not locked
 	queue      queue
 	reader     productReader
 	cache      *cache // the reader, if it is one
@@ -102,6 +103,11 @@ func (a *app) open(ctx context.Context) (err error) {
 	if a.publicURL == "" && a.name != "worker" {
 		a.publicURL = "http://" + a.listener.Addr().String()
 	}
+	if a.DatabaseURL == "" {
+		if a.unlock, err = lockDataDir(a.DataDir); err != nil {
+			return fmt.Errorf("lock DATA_DIR %s: %w", a.DataDir, err)
+		}
+	}
 	if a.store, err = a.openStore(ctx); err != nil {
 		return err
 	}
@@ -142,6 +148,9 @@ func (a *app) close() {
 	}
 	if a.store != nil {
 		a.store.Close()
+	}
+	if a.unlock != nil {
+		_ = a.unlock()
 	}
 }
 
