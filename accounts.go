@@ -20,6 +20,12 @@ func (s *store) AddUser(ctx context.Context, name, email string) (id int64, err 
 	return id, wrap("add user", err)
 }
 
+// HasUser says whether a user is there.
+func (s *store) HasUser(ctx context.Context, id int64) (bool, error) {
+	ids, err := queryIDs(ctx, s, `SELECT id FROM users WHERE id = $1`, id)
+	return len(ids) > 0, wrap("look for the user", err)
+}
+
 var errEmailTaken = errors.New("a user with this email exists")
 
 // idempotencyTime is how long an Idempotency-Key is remembered.

@@ -48,8 +48,9 @@ type loadClient struct {
 	Result      string // the file for the latencies; with Rate only
 }
 
-// run runs the client in a process of its own until it has sent everything.
-func (l loadClient) run(b *testing.B) {
+// run runs the client in a process of its own until it has sent everything. It
+// answers what the client used of the CPU.
+func (l loadClient) run(b *testing.B) time.Duration {
 	b.Helper()
 	spec, err := json.Marshal(l)
 	if err != nil {
@@ -60,6 +61,7 @@ func (l loadClient) run(b *testing.B) {
 	if out, err := client.CombinedOutput(); err != nil {
 		b.Fatalf("%v: %s", err, out)
 	}
+	return client.ProcessState.UserTime() + client.ProcessState.SystemTime()
 }
 
 // latencies are percentiles of what a paced client has seen.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net/mail"
 	"net/url"
 	"strconv"
 )
@@ -17,6 +18,9 @@ func addUserCommand(p *program, ctx context.Context, flags *flag.FlagSet, args [
 	}
 	if *name == "" || *email == "" {
 		return usagef("user add: -name and -email are needed")
+	}
+	if address, err := mail.ParseAddress(*email); err != nil || address.Address != *email {
+		return usagef("user add: -email must be an address such as ann@example.com")
 	}
 	return p.withStore(ctx, func(db *store) error {
 		id, err := db.AddUser(ctx, *name, *email)

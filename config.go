@@ -11,13 +11,16 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/redis/rueidis"
 )
 
 // config is every setting of the program. An empty URL means the embedded
@@ -63,10 +66,10 @@ func (c *config) settings() []setting {
 		{"WORKER_LISTEN_ADDR", "", "host:port on which a worker answers /healthz, /readyz, /metrics and /debug/pprof/; else it does not listen", listenAddr(&c.WorkerAddr)},
 		{"DATABASE_URL", "", "PostgreSQL; else SQLite in DATA_DIR", databaseURL(&c.DatabaseURL)},
 		{"REDIS_URL", "", `Redis 6 or later, or "off"; else a cache in the process, or none if DATABASE_URL is set`, redisURL(&c.RedisURL)},
-		{"AMQP_URL", "", "RabbitMQ; else a queue in the process", urlOf(&c.AMQPURL, "amqp", "amqps")},
-		{"S3_BUCKET", "", "bucket for the images; else files in DATA_DIR. Credentials, region and endpoint come from the AWS SDK's own variables", text(&c.S3Bucket)},
-		{"S3_PUBLIC_URL", "", "base of the image URLs given to clients; else the bucket's own", urlOf(&c.S3PublicURL, "http", "https")},
-		{"PUBLIC_URL", "", "base of the URLs of images in DATA_DIR; else http:// and the listening address", urlOf(&c.PublicURL, "http", "https")},
+		{"AMQP_URL", "", "RabbitMQ; else a queue in the process", amqpURL(&c.AMQPURL)},
+		{"S3_BUCKET", "", "bucket for the images; else files in DATA_DIR. Credentials, region and endpoint come from the AWS SDK's own variables", bucketName(&c.S3Bucket)},
+		{"S3_PUBLIC_URL", "", "base of the image URLs given to clients; else the bucket's own", baseURL(&c.S3PublicURL)},
+		{"PUBLIC_URL", "", "base of the URLs of images in DATA_DIR; else http:// and the listening address", baseURL(&c.PublicURL)},
 		{"DATA_DIR", "data", "directory of the embedded database and images", text(&c.DataDir)},
 		{"AUTH", "", `"on" or "off"; else on, unless only loopback is listened on`, onOff(&c.Auth)},
 		{"MAX_REQUESTS", "1024", "requests in work at once; as many again that send their bodies, and that listen to events", number(&c.Limits.MaxRequests, 1, 1<<20)},
@@ -153,10 +156,20 @@ func urlOf(to *string, schemes ...string) func(string) error {
 	}
 }
 
+// baseURL takes what a path can be appended to.
+func baseURL(to *string) func(string) error {
+	return func(v string) error {
+		if strings.ContainsAny(v, "?#") {
+			return errors.New("must have neither a query nor a fragment")
+		}
+		return urlOf(to, "http", "https")(v)
+	}
+}
+
 // databaseURL takes what pgx does: a URL, or keywords and values.
 func databaseURL(to *string) func(string) error {
 	return func(v string) error {
-		if _, err := pgx.ParseConfig(v); err != nil {
+		if _, err := pgxpool.ParseConfig(v); err != nil {
 			return errors.New("must be a URL such as postgres://user:password@host/database")
 		}
 		*to = v
@@ -164,13 +177,45 @@ func databaseURL(to *string) func(string) error {
 	}
 }
 
+// redisURL takes what rueidis does, and a slash without a database's number.
 func redisURL(to *string) func(string) error {
 	return func(v string) error {
-		if v == "off" || strings.HasPrefix(v, "unix:///") {
-			*to = v
-			return nil
+		if v != "off" {
+			v = strings.TrimSuffix(v, "/")
+			options, err := rueidis.ParseURL(v)
+			if err != nil || options.SelectDB < 0 {
+				return errors.New("must be off, or a URL such as redis://host:6379/0")
+			}
+			if options.AlwaysRESP2 {
+				return errors.New("must not ask for protocol 2: copies in the process need 3")
+			}
 		}
-		return urlOf(to, "redis", "rediss")(v)
+		*to = v
+		return nil
+	}
+}
+
+func amqpURL(to *string) func(string) error {
+	return func(v string) error {
+		if _, err := amqp.ParseURI(v); err != nil {
+			return errors.New("must be a URL such as amqp://user:password@host")
+		}
+		*to = v
+		return nil
+	}
+}
+
+// bucketNames are wider than what Amazon takes for new buckets: other servers are
+// less strict, and an access point has an ARN.
+var bucketNames = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9._-]{2,254}|arn:[^ ]+)$`)
+
+func bucketName(to *string) func(string) error {
+	return func(v string) error {
+		if !bucketNames.MatchString(v) {
+			return errors.New("must be the name of a bucket, or the ARN of an access point")
+		}
+		*to = v
+		return nil
 	}
 }
 
@@ -262,7 +307,7 @@ func readDotEnv(r io.Reader) (map[string]string, error) {
 	values := make(map[string]string)
 	lines := bufio.NewScanner(r)
 	for n := 1; lines.Scan(); n++ {
-		line := strings.TrimSpace(lines.Text())
+		line := strings.TrimSpace(strings.TrimPrefix(lines.Text(), "\ufeff")) // as some editors begin a file
 		if line == "" || line[0] == '#' {
 			continue
 		}

@@ -66,6 +66,27 @@ func openSQLite(dir string) (*sqlite, error) {
 	return &sqlite{writer: sqliteDB{DB: writer}, reader: sqliteDB{DB: reader}}, nil
 }
 
+// lockDataDir takes a directory for this process, until unlock or its end: the
+// cache and the queue in the process know nothing of what another one writes
+// there. The lock is SQLite's own, on a file of its own.
+func lockDataDir(dir string) (unlock func() error, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	file, err := sqlite3.Open(filepath.Join(dir, "pms.lock"))
+	if err != nil {
+		return nil, err
+	}
+	if err := file.Exec("BEGIN EXCLUSIVE"); err != nil {
+		file.Close()
+		if errors.Is(err, sqlite3.BUSY) {
+			err = errors.New("another pms serves from it")
+		}
+		return nil, err
+	}
+	return file.Close, nil
+}
+
 func (s *sqlite) Close() {
 	s.reader.Close()
 	s.writer.Close()

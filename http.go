@@ -145,7 +145,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	}
 	p, err := readNewProduct(body)
 	if err != nil {
-		return err
+		return s.alsoUnknownUser(w, r, p.UserID, err)
 	}
 	if err := mayWrite(w, p.UserID); err != nil {
 		return err
@@ -170,6 +170,21 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	w.Header().Set("Location", "/products/"+strconv.FormatInt(doc.ID, 10))
 	writeDocument(w, http.StatusCreated, doc)
 	return nil
+}
+
+// alsoUnknownUser adds to what is wrong with a product that its user is not there,
+// since a client is to read of all its mistakes at once.
+func (s *server) alsoUnknownUser(w http.ResponseWriter, r *http.Request, user int64, err error) error {
+	invalid, ok := errors.AsType[invalidInput](err)
+	if !ok || user <= 0 || mayWrite(w, user) != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+	defer cancel()
+	if known, err := s.store.HasUser(ctx, user); known || err != nil {
+		return invalid
+	}
+	return append(invalid, unknownUser)
 }
 
 // maxKeyLength is that of an Idempotency-Key.
@@ -371,10 +386,7 @@ func etagMatches(lines []string, version int64, weak bool) bool {
 	for _, line := range lines {
 		for tag := range strings.SplitSeq(line, ",") {
 			tag = strings.TrimSpace(tag)
-			if weak {
-				tag = strings.TrimPrefix(tag, "W/")
-			}
-			if tag == "*" || tag == etag(version) {
+			if tag == "*" || tag == etag(version) || weak && tag == "W/"+etag(version) {
 				return true
 			}
 		}

@@ -165,50 +165,51 @@ func TestBodiesThatAreNoProduct(t *testing.T) {
 		return wrong{with("product_images", "["+value+"]"), 422, []string{"product_images[0]"}}
 	}
 	for name, c := range map[string]wrong{
-		"no JSON":              {`hello`, 400, nil},
-		"half of JSON":         {`{"user_id": 1,`, 400, nil},
-		"a list":               {`[]`, 400, nil},
-		"a string":             {`"x"`, 400, nil},
-		"null":                 {`null`, 400, nil},
-		"two objects":          {with("user_id", "1") + `{}`, 400, nil},
-		"trailing text":        {with("user_id", "1") + `x`, 400, nil},
-		"no UTF-8":             {with("product_name", "\"\xff\""), 400, nil},
-		"a field twice":        {`{"user_id":1,"user_id":1,"product_name":"x","product_price":1}`, 400, nil},
-		"too deep":             {with("product_images", strings.Repeat("[", 1000)+strings.Repeat("]", 1000)), 400, nil},
-		"an unknown field":     {with("colour", `"red"`), 400, []string{"colour"}},
-		"another case":         {with("Product_Name", `"x"`), 400, []string{"Product_Name"}},
-		"a read-only field":    {with("version", `1`), 400, []string{"version"}},
-		"two unknown fields":   {`{"id":1,"images":[]}`, 400, []string{"id", "images"}},
-		"nothing":              {`{}`, 422, []string{"user_id", "product_name", "product_price"}},
-		"all wrong":            {`{"user_id":0,"product_name":"","product_description":1,"product_price":-1,"product_images":["ftp://x",3]}`, 422, []string{"user_id", "product_name", "product_description", "product_price", "product_images[0]", "product_images[1]"}},
-		"user null":            one("user_id", "null"),
-		"user text":            one("user_id", `"1"`),
-		"user fraction":        one("user_id", "1.5"),
-		"user huge":            one("user_id", "99999999999999999999"),
-		"user unknown":         one("user_id", "4711"),
-		"name null":            one("product_name", "null"),
-		"name number":          one("product_name", "7"),
-		"name empty":           one("product_name", `""`),
-		"name too long":        one("product_name", `"`+long+`"`),
-		"name with NUL":        one("product_name", `"a\u0000b"`),
-		"description object":   one("product_description", `{}`),
-		"description too long": one("product_description", `"`+strings.Repeat("x", 10_001)+`"`),
-		"price null":           one("product_price", "null"),
-		"price negative":       one("product_price", "-0.01"),
-		"price too large":      one("product_price", "10000000000"),
-		"price too fine":       one("product_price", "1.005"),
-		"price text":           one("product_price", `"cheap"`),
-		"price true":           one("product_price", "true"),
-		"images text":          one("product_images", `"https://example.com/a.jpg"`),
-		"too many images":      one("product_images", "["+strings.Repeat(`"https://e.example/",`, 20)+`"https://e.example/"]`),
-		"image null":           image("null"),
-		"image number":         image("1"),
-		"image empty":          image(`""`),
-		"image relative":       image(`"/a.jpg"`),
-		"image without host":   image(`"https:///a.jpg"`),
-		"image file":           image(`"file:///etc/passwd"`),
-		"image with password":  image(`"https://user:pw@example.com/a.jpg"`),
-		"image too long":       image(`"https://example.com/` + strings.Repeat("a", 2048) + `"`),
+		"no JSON":                 {`hello`, 400, nil},
+		"half of JSON":            {`{"user_id": 1,`, 400, nil},
+		"a list":                  {`[]`, 400, nil},
+		"a string":                {`"x"`, 400, nil},
+		"null":                    {`null`, 400, nil},
+		"two objects":             {with("user_id", "1") + `{}`, 400, nil},
+		"trailing text":           {with("user_id", "1") + `x`, 400, nil},
+		"no UTF-8":                {with("product_name", "\"\xff\""), 400, nil},
+		"a field twice":           {`{"user_id":1,"user_id":1,"product_name":"x","product_price":1}`, 400, nil},
+		"too deep":                {with("product_images", strings.Repeat("[", 1000)+strings.Repeat("]", 1000)), 400, nil},
+		"an unknown field":        {with("colour", `"red"`), 400, []string{"colour"}},
+		"another case":            {with("Product_Name", `"x"`), 400, []string{"Product_Name"}},
+		"a read-only field":       {with("version", `1`), 400, []string{"version"}},
+		"two unknown fields":      {`{"id":1,"images":[]}`, 400, []string{"id", "images"}},
+		"nothing":                 {`{}`, 422, []string{"user_id", "product_name", "product_price"}},
+		"all wrong":               {`{"user_id":0,"product_name":"","product_description":1,"product_price":-1,"product_images":["ftp://x",3]}`, 422, []string{"user_id", "product_name", "product_description", "product_price", "product_images[0]", "product_images[1]"}},
+		"all wrong, the user too": {`{"user_id":99,"product_name":"","product_price":1}`, 422, []string{"product_name", "user_id"}},
+		"user null":               one("user_id", "null"),
+		"user text":               one("user_id", `"1"`),
+		"user fraction":           one("user_id", "1.5"),
+		"user huge":               one("user_id", "99999999999999999999"),
+		"user unknown":            one("user_id", "4711"),
+		"name null":               one("product_name", "null"),
+		"name number":             one("product_name", "7"),
+		"name empty":              one("product_name", `""`),
+		"name too long":           one("product_name", `"`+long+`"`),
+		"name with NUL":           one("product_name", `"a\u0000b"`),
+		"description object":      one("product_description", `{}`),
+		"description too long":    one("product_description", `"`+strings.Repeat("x", 10_001)+`"`),
+		"price null":              one("product_price", "null"),
+		"price negative":          one("product_price", "-0.01"),
+		"price too large":         one("product_price", "10000000000"),
+		"price too fine":          one("product_price", "1.005"),
+		"price text":              one("product_price", `"cheap"`),
+		"price true":              one("product_price", "true"),
+		"images text":             one("product_images", `"https://example.com/a.jpg"`),
+		"too many images":         one("product_images", "["+strings.Repeat(`"https://e.example/",`, 20)+`"https://e.example/"]`),
+		"image null":              image("null"),
+		"image number":            image("1"),
+		"image empty":             image(`""`),
+		"image relative":          image(`"/a.jpg"`),
+		"image without host":      image(`"https:///a.jpg"`),
+		"image file":              image(`"file:///etc/passwd"`),
+		"image with password":     image(`"https://user:pw@example.com/a.jpg"`),
+		"image too long":          image(`"https://example.com/` + strings.Repeat("a", 2048) + `"`),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -280,7 +281,7 @@ func TestConditionalReads(t *testing.T) {
 	a := newAPI(t)
 	a.do(t, "POST", "/products", shoe)
 	for header, status := range map[string]int{
-		`"1"`: 304, `W/"1"`: 304, `*`: 304, `"0", "1"`: 304, `"2"`: 200, `1`: 200, `"10"`: 200,
+		`"1"`: 304, `W/"1"`: 304, `*`: 304, `"0", "1"`: 304, `"2"`: 200, `1`: 200, `"10"`: 200, `W/*`: 200,
 	} {
 		got := a.do(t, "GET", "/products/1", "", "If-None-Match", header)
 		if got.Code != status || got.Header().Get("ETag") != `"1"` || status == 304 && got.Body.Len() > 0 {
@@ -540,6 +541,20 @@ func TestRequestIDAndTraceparent(t *testing.T) {
 		id := a.do(t, "GET", "/healthz", "", "X-Request-Id", insane, "Traceparent", insane).Header().Get("X-Request-Id")
 		if id == insane || !isRequestID(id) {
 			t.Errorf("X-Request-Id %q was answered with %q", insane, id)
+		}
+	}
+}
+
+func TestTraceparentIsTakenOverIfItIsValid(t *testing.T) {
+	t.Parallel()
+	const trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+	const valid = "00-" + trace + "-" + caller + "-01"
+	for header, want := range map[string]string{
+		valid: valid, valid + "-more": "", "ff" + valid[2:]: "", "cc" + valid[2:]: valid, "cc" + valid[2:] + "-what.comes": valid, "cc" + valid[2:] + "what": "",
+		"00-" + strings.Repeat("0", 32) + "-" + caller + "-01": "", "00-" + trace + "-" + strings.Repeat("0", 16) + "-01": "", strings.ToUpper(valid): "", "": "",
+	} {
+		if got := readTraceparent(header); got != want {
+			t.Errorf("%q is read as %q, want %q", header, got, want)
 		}
 	}
 }

@@ -32,6 +32,9 @@ type fieldError struct {
 // invalidInput is all that is wrong with a request's values.
 type invalidInput []fieldError
 
+// unknownUser is what errUnknownUser means to a client.
+var unknownUser = fieldError{"user_id", "there is no such user"}
+
 func (e invalidInput) Error() string { return fmt.Sprintf("invalid input: %v", []fieldError(e)) }
 
 // err is the error of all that was found wrong, or nil.

@@ -721,6 +721,40 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 	}
 }
 
+// What the README has a newcomer type after `go run .` works as it says there.
+func TestReadmeTryIt(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, lines, found := strings.Cut(string(readme), "In another terminal")
+	_, lines, _ = strings.Cut(lines, "```sh\n")
+	lines, _, closed := strings.Cut(lines, "\n```")
+	if !found || !closed {
+		t.Fatal("the lines to try are not where they were")
+	}
+	photos := newPhotoServer(t)
+	photos.serve("/images/gophers/ladder.svg", []byte("<svg/>"))
+	photos.serve("/doc/gopher/fiveyears.jpg", jpegPhoto(t, 40, 30))
+	shop := startBinary(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
+	script := strings.NewReplacer("https://go.dev", photos.URL, "http://127.0.0.1:8080", shop.url).Replace(lines)
+	shell := exec.Command("sh", "-c", "set -e; curl() { command curl -sS --fail-with-body \"$@\"; echo; }\n"+script)
+	out, err := shell.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v in:\n%s\n%s", err, script, out)
+	}
+	rest := string(out)
+	for _, want := range []string{
+		"HTTP/1.1 201", `"status":"failed"`, "HTTP/1.1 200", "/media/products/1/", "HTTP/1.1 304",
+		`"Trail shoe"`, "HTTP/1.1 200", `"product_price":79.50`, `"not_an_image"`, `{"replayed":1}`, "HTTP/1.1 204",
+	} {
+		if _, rest, found = strings.Cut(rest, want); !found {
+			t.Fatalf("%s is not where it should be in:\n%s", want, out)
+		}
+	}
+}
+
 // metric reads one of the instance's metrics.
 func (i *instance) metric(t *testing.T, name string) float64 {
 	t.Helper()
@@ -730,6 +764,25 @@ func (i *instance) metric(t *testing.T, name string) float64 {
 		t.Fatalf("no metric %s: %v", name, err)
 	}
 	return value
+}
+
+// A second program on the files of the embedded default would serve what the
+// first has changed, so it is refused; operators' commands are not.
+func TestEmbeddedDefaultServesOnce(t *testing.T) {
+	t.Parallel()
+	env := environment(map[string]string{"DATA_DIR": t.TempDir()})
+	first := startBinary(t, env)
+	second := launchProgram(t, programPath(t), env)
+	eventually(t, "the second is refused", func() bool { return strings.Contains(second.log.tail(3), env["DATA_DIR"]+": another") })
+	if err := second.wait(); err == nil {
+		t.Error("the second ended well")
+	}
+	var out bytes.Buffer
+	if err := run(t.Context(), []string{"dead", "list"}, func(name string) string { return env[name] }, &out, &out); err != nil {
+		t.Error(err)
+	}
+	first.kill()
+	startBinary(t, env)
 }
 
 // The embedded default keeps what it accepted when it is killed.
@@ -974,6 +1027,7 @@ func TestCommandLine(t *testing.T) {
 		"-h":                    {[]string{"-h"}, nil, 0, []string{"Commands:"}},
 		"help of a command":     {[]string{"worker", "-h"}, nil, 0, []string{"Commands:"}},
 		"help of user":          {[]string{"user", "-h"}, nil, 0, []string{"user add"}},
+		"help of dead show":     {[]string{"dead", "show", "-h"}, nil, 0, []string{"Commands:"}},
 		"help despite settings": {[]string{"serve", "-h"}, map[string]string{"IMAGE_QUALITY": "0"}, 0, []string{"Commands:"}},
 		"unknown command":       {[]string{"fly"}, nil, 2, []string{`unknown command "fly"`}},
 		"half a command":        {[]string{"user"}, nil, 2, []string{`unknown command "user"`}},
@@ -983,6 +1037,7 @@ func TestCommandLine(t *testing.T) {
 		"token without user":    {[]string{"token", "create"}, nil, 2, []string{"-user"}},
 		"dead without id":       {[]string{"dead", "show"}, nil, 2, []string{"id"}},
 		"dead with a bad id":    {[]string{"dead", "discard", "x"}, nil, 2, []string{`"x"`}},
+		"user with a bad email": {[]string{"user", "add", "-name", "x", "-email", "Ann <ann@example.com>"}, nil, 2, []string{"-email"}},
 		"api on its own":        {[]string{"api"}, nil, 2, []string{"DATABASE_URL", "AMQP_URL"}},
 		"worker without broker": {[]string{"worker"}, map[string]string{"DATABASE_URL": "postgres://localhost/x"}, 2, []string{"AMQP_URL"}},
 		"all bad settings at once": {nil, map[string]string{"LISTEN_ADDR": "x", "DATABASE_URL": "mysql://x", "REDIS_URL": "x", "AMQP_URL": "http://x", "CACHE_TTL": "0s", "CACHE_SIZE": "1KiB", "AUTH": "maybe",
@@ -990,6 +1045,11 @@ func TestCommandLine(t *testing.T) {
 			"RETRY_ATTEMPTS": "0", "RETRY_BASE": "-1s", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml", "PUBLIC_URL": "x", "S3_PUBLIC_URL": "x"}, 2,
 			[]string{"LISTEN_ADDR", "IMAGE_VARIANTS", "DATABASE_URL", "REDIS_URL", "AMQP_URL", "CACHE_TTL", "CACHE_SIZE", "AUTH", "IMAGE_WORKERS", "IMAGE_MEMORY", "IMAGE_MAX_BYTES", "IMAGE_MAX_PIXELS", "IMAGE_MAX_SIDE",
 				"IMAGE_QUALITY", "IMAGE_TIMEOUT", "IMAGE_ALLOW_PRIVATE", "RETRY_ATTEMPTS", "RETRY_BASE", "LOG_LEVEL", "LOG_FORMAT", "PUBLIC_URL", "S3_PUBLIC_URL", "S3_BUCKET"}},
+		"settings that only their library knows to be bad": {nil, map[string]string{"DATABASE_URL": "postgres://h/d?pool_max_conns=x", "REDIS_URL": "redis://h/zero", "AMQP_URL": "amqp://h?heartbeat=x",
+			"S3_BUCKET": "Two words", "S3_PUBLIC_URL": "https://h/?a=b", "PUBLIC_URL": "http://h/#f"}, 2, []string{"DATABASE_URL", "REDIS_URL", "AMQP_URL", "S3_BUCKET", "S3_PUBLIC_URL", "PUBLIC_URL"}},
+		"Redis without RESP3":       {nil, map[string]string{"REDIS_URL": "redis://h/?protocol=2"}, 2, []string{"REDIS_URL"}},
+		"a bad endpoint":            {nil, map[string]string{"S3_BUCKET": "photos", "AWS_ENDPOINT_URL_S3": "127.0.0.1:9000"}, 2, []string{"AWS_ENDPOINT_URL_S3"}},
+		"a bucket without a region": {nil, map[string]string{"S3_BUCKET": "photos", "AWS_CONFIG_FILE": os.DevNull}, 2, []string{"AWS_REGION"}},
 		"a secret in a bad setting": {nil, map[string]string{"AMQP_URL": "ampq://u:hunter2@h"}, 2, []string{"AMQP_URL"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -1005,10 +1065,21 @@ func TestCommandLine(t *testing.T) {
 					t.Errorf("%q is not in %s", part, out.String())
 				}
 			}
+			if c.code != 0 && strings.Contains(out.String(), "Commands:") {
+				t.Errorf("the manual hides the mistake: %s", out.String())
+			}
 			if strings.Contains(out.String(), "hunter2") {
 				t.Errorf("a secret was printed: %s", out.String())
 			}
 		})
+	}
+}
+
+func TestRedisURLMayEndInASlash(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"REDIS_URL": "redis://cache.example/"}
+	if c, err := loadConfig(func(name string) string { return env[name] }, false); err != nil || c.RedisURL != "redis://cache.example" {
+		t.Errorf("it is taken as %q, %v", c.RedisURL, err)
 	}
 }
 
@@ -1027,7 +1098,7 @@ func TestExampleSettingsAreComplete(t *testing.T) {
 
 func TestDotEnv(t *testing.T) {
 	t.Parallel()
-	values, err := readDotEnv(strings.NewReader("# a comment\n\nA=1\nexport B = \"two words\" \nC='x=y'\nD=\n"))
+	values, err := readDotEnv(strings.NewReader("\ufeff# a comment\n\nA=1\nexport B = \"two words\" \nC='x=y'\nD=\n"))
 	if err != nil || !maps.Equal(values, map[string]string{"A": "1", "B": "two words", "C": "x=y", "D": ""}) {
 		t.Errorf("read %q, %v", values, err)
 	}

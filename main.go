@@ -106,21 +106,27 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	p := &program{config: config, stdout: stdout, stderr: stderr, log: newLogger(config, logs)}
 	flags := flag.NewFlagSet(cmd.name, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	flags.Usage = func() { printManual(stdout) }
+	flags.Usage = func() {
+		if wantsHelp(rest) { // it is called for a mistake as well
+			printManual(stdout)
+		}
+	}
 	if err != nil && !wantsHelp(rest) {
 		return usageError{err}
 	}
 	return cmd.run(p, ctx, flags, rest)
 }
 
-// findCommand takes the words of a command off the arguments.
+// findCommand takes the words of a command off the arguments. Of a command that
+// has another word behind its first one, the first will do to ask for help.
 func findCommand(args []string) (command, []string, error) {
 	for _, cmd := range commands() {
-		words := strings.Fields(cmd.name)
-		if len(args) >= len(words) && strings.Join(args[:len(words)], " ") == cmd.name {
+		if words := strings.Fields(cmd.name); slices.Equal(args[:min(len(words), len(args))], words) {
 			return cmd, args[len(words):], nil
 		}
-		if args[0] == words[0] && wantsHelp(args[1:]) {
+	}
+	for _, cmd := range commands() {
+		if strings.HasPrefix(cmd.name, args[0]+" ") && wantsHelp(args[1:]) {
 			return cmd, args[1:], nil
 		}
 	}

@@ -236,9 +236,20 @@ func (rs *routeStats) count(status int, duration time.Duration) {
 
 func originOf(w http.ResponseWriter) origin { return w.(*recorder).origin }
 
-// traceparent is the header of W3C Trace Context, version 00 and, since later
-// ones must begin alike, any other.
-var traceparent = regexp.MustCompile(`^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$`)
+// traceparent is the header of W3C Trace Context, section 3.2: a version, the id
+// of the trace, that of the caller's part in it, and flags. A later version may
+// have more behind that.
+var traceparent = regexp.MustCompile(`^([0-9a-f]{2})(-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2})(-.*)?$`)
+
+// readTraceparent answers a traceparent in version 00, or "" if it is none.
+func readTraceparent(header string) string {
+	parts := traceparent.FindStringSubmatch(header)
+	if parts == nil || parts[1] == "ff" || parts[1] == "00" && parts[5] != "" ||
+		strings.Trim(parts[3], "0") == "" || strings.Trim(parts[4], "0") == "" {
+		return ""
+	}
+	return "00" + parts[2]
+}
 
 // readOrigin takes over the client's request id if it is sane, else makes one.
 func readOrigin(r *http.Request) origin {
@@ -248,8 +259,8 @@ func readOrigin(r *http.Request) origin {
 	} else {
 		from.RequestID = newRequestID()
 	}
-	if parents := r.Header["Traceparent"]; len(parents) == 1 && traceparent.MatchString(parents[0]) {
-		from.Traceparent = parents[0]
+	if parents := r.Header["Traceparent"]; len(parents) == 1 {
+		from.Traceparent = readTraceparent(parents[0])
 	}
 	return from
 }
@@ -352,7 +363,7 @@ func problemOf(err error) problem {
 	case errors.As(err, &invalid):
 		return problem{Status: http.StatusUnprocessableEntity, Detail: "some values are invalid, see errors", Errors: invalid}
 	case errors.Is(err, errUnknownUser):
-		return problemOf(invalidInput{{"user_id", "there is no such user"}})
+		return problemOf(invalidInput{unknownUser})
 	case errors.Is(err, errTooManyWebhooks):
 		return problemOf(invalidInput{{"url", errTooManyWebhooks.Error()}})
 	case errors.Is(err, errKeyReused):

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"strconv"
 	"strings"
@@ -87,9 +88,8 @@ func isDigits(s string) bool {
 // UnmarshalJSON takes a JSON number or a string that holds a plain decimal.
 func (p *Price) UnmarshalJSON(data []byte) error {
 	s := string(data)
-	if len(s) >= 2 && s[0] == '"' {
-		s = s[1 : len(s)-1]
-		if strings.ContainsAny(s, "eE") {
+	if strings.HasPrefix(s, `"`) {
+		if err := json.Unmarshal(data, &s); err != nil || strings.ContainsAny(s, "eE") {
 			return errPriceSyntax
 		}
 	}

@@ -14,7 +14,7 @@ func TestPriceIsReadExactly(t *testing.T) {
 		`1`: 100, `1.5`: 150, `1.50`: 150, `1.500`: 150, `89.90`: 8990, `0.01`: 1, `0.29`: 29,
 		`1e2`: 100_00, `1.5E1`: 15_00, `150e-1`: 15_00, `1e+3`: 1000_00,
 		`9999999999.99`: maxPrice, `9.99999999999e9`: maxPrice, `10000e-6`: 1,
-		`"89.90"`: 8990, `"0"`: 0, `"4503599627.37"`: 450359962737,
+		`"89.90"`: 8990, `"0"`: 0, `"4503599627.37"`: 450359962737, `"1\u0030"`: 10_00,
 	} {
 		var got Price
 		if err := json.Unmarshal([]byte(in), &got); err != nil || got != want {
@@ -32,7 +32,7 @@ func TestPriceRefusesWhatItCannotHold(t *testing.T) {
 		`1e-99999999999999999999`: errPricePrecision,
 		`"1e2"`:                   errPriceSyntax, `"1,50"`: errPriceSyntax, `"€5"`: errPriceSyntax, `""`: errPriceSyntax,
 		`" 1"`: errPriceSyntax, `"+1"`: errPriceSyntax, `".5"`: errPriceSyntax, `"5."`: errPriceSyntax, `"0x10"`: errPriceSyntax,
-		`"01"`: errPriceSyntax, `"NaN"`: errPriceSyntax, `true`: errPriceSyntax, `[]`: errPriceSyntax, `"\u0031"`: errPriceSyntax,
+		`"01"`: errPriceSyntax, `"NaN"`: errPriceSyntax, `true`: errPriceSyntax, `[]`: errPriceSyntax,
 	} {
 		var got Price
 		if err := json.Unmarshal([]byte(in), &got); !errors.Is(err, want) {

@@ -61,7 +61,12 @@ func newS3Blobs(ctx context.Context, bucket, publicURL string, getenv func(strin
 	if err != nil {
 		return nil, fmt.Errorf("load aws config: %w", err)
 	}
-	endpoint := cmp.Or(getenv("AWS_ENDPOINT_URL_S3"), getenv("AWS_ENDPOINT_URL"))
+	var endpoint string
+	if v := cmp.Or(getenv("AWS_ENDPOINT_URL_S3"), getenv("AWS_ENDPOINT_URL")); v != "" {
+		if err := baseURL(&endpoint)(v); err != nil {
+			return nil, fmt.Errorf("AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL %w", err)
+		}
+	}
 	client := s3.NewFromConfig(cfg, func(o *s3.Options) {
 		if endpoint != "" {
 			o.BaseEndpoint = aws.String(endpoint)

@@ -41,6 +41,7 @@ type app struct {
 	*program
 	name       string // of the command
 	store      *store
+	unlock     func() error // of DATA_DIR; nil if it was not locked
 	queue      queue
 	reader     productReader
 	cache      *cache // the reader, if it is one
@@ -97,6 +98,11 @@ func (a *app) open(ctx context.Context) (err error) {
 			return err
 		}
 	}
+	if a.DatabaseURL == "" {
+		if a.unlock, err = lockDataDir(a.DataDir); err != nil {
+			return fmt.Errorf("lock DATA_DIR %s: %w", a.DataDir, err)
+		}
+	}
 	if a.store, err = a.openStore(ctx); err != nil {
 		return err
 	}
@@ -138,6 +144,9 @@ func (a *app) close() {
 	if a.store != nil {
 		a.store.Close()
 	}
+	if a.unlock != nil {
+		_ = a.unlock()
+	}
 }
 
 func (p *program) openStore(ctx context.Context) (*store, error) {
@@ -169,7 +178,7 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 	if a.S3Bucket != "" {
 		s3, err := newS3Blobs(ctx, a.S3Bucket, a.S3PublicURL, a.getenv)
 		if err != nil {
-			return nil, fmt.Errorf("open S3: %w", err)
+			return nil, usageError{fmt.Errorf("open S3: %w", err)} // it asks no server yet
 		}
 		a.blobs, a.encoder = s3, encoder{s3.URL}
 		return s3.Ping, nil

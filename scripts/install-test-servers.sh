@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the servers that the tests run against, PostgreSQL, Redis, RabbitMQ,
-# and djpeg, an independent JPEG decoder.
+# djpeg, an independent JPEG decoder, and curl.
 # Does nothing if they are there. As root on Debian or Ubuntu it uses apt;
 # elsewhere it says what to install and fails.
 set -eu
@@ -24,6 +24,7 @@ have redis-server || missing="$missing redis-server"
 have rabbitmq-server || missing="$missing rabbitmq-server"
 have ps || missing="$missing procps"
 have djpeg || missing="$missing libjpeg-turbo-progs"
+have curl || missing="$missing curl"
 [ -n "$missing" ] || exit 0
 
 if ! have apt-get || [ "$(id -u)" != 0 ]; then
@@ -31,7 +32,7 @@ if ! have apt-get || [ "$(id -u)" != 0 ]; then
 Missing for the tests:$missing
 Install it, then run make test again:
   Debian, Ubuntu   sudo apt-get install --no-install-recommends$missing
-  Fedora           sudo dnf install postgresql-server postgresql-contrib redis rabbitmq-server procps-ng libjpeg-turbo-utils
+  Fedora           sudo dnf install postgresql-server postgresql-contrib redis rabbitmq-server procps-ng libjpeg-turbo-utils curl
   macOS            brew install postgresql redis rabbitmq jpeg-turbo
 or run the tests in a container:  make docker-test
 EOF
