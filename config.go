@@ -166,15 +166,21 @@ func baseURL(to *string) func(string) error {
 	}
 }
 
-// databaseURL takes what pgx does: a URL, or keywords and values.
-func databaseURL(to *string) func(string) error {
+// textIf takes a text that is good; wanted says which are.
+func textIf(to *string, good func(string) bool, wanted string) func(string) error {
 	return func(v string) error {
-		if _, err := pgxpool.ParseConfig(v); err != nil {
-			return errors.New("must be a URL such as postgres://user:password@host/database")
+		if !good(v) {
+			return errors.New(wanted)
 		}
 		*to = v
 		return nil
 	}
+}
+
+// databaseURL takes what pgx does: a URL, or keywords and values.
+func databaseURL(to *string) func(string) error {
+	good := func(v string) bool { _, err := pgxpool.ParseConfig(v); return err == nil }
+	return textIf(to, good, "must be a URL such as postgres://user:password@host/database")
 }
 
 // redisURL takes what rueidis does, and a slash without a database's number.
@@ -196,13 +202,8 @@ func redisURL(to *string) func(string) error {
 }
 
 func amqpURL(to *string) func(string) error {
-	return func(v string) error {
-		if _, err := amqp.ParseURI(v); err != nil {
-			return errors.New("must be a URL such as amqp://user:password@host")
-		}
-		*to = v
-		return nil
-	}
+	good := func(v string) bool { _, err := amqp.ParseURI(v); return err == nil }
+	return textIf(to, good, "must be a URL such as amqp://user:password@host")
 }
 
 // bucketNames are wider than what Amazon takes for new buckets: other servers are
@@ -210,13 +211,7 @@ func amqpURL(to *string) func(string) error {
 var bucketNames = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9._-]{2,254}|arn:[^ ]+)$`)
 
 func bucketName(to *string) func(string) error {
-	return func(v string) error {
-		if !bucketNames.MatchString(v) {
-			return errors.New("must be the name of a bucket, or the ARN of an access point")
-		}
-		*to = v
-		return nil
-	}
+	return textIf(to, bucketNames.MatchString, "must be the name of a bucket, or the ARN of an access point")
 }
 
 func onOff(to *bool) func(string) error { return oneOf(to, "on", "off") }
