@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -363,10 +362,7 @@ func chaosPhotos(t *testing.T) (photos [][]byte) {
 		t.Fatal(err)
 	}
 	for _, file := range files {
-		data, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		data := readFile(t, file)
 		if len(data) < 512<<10 { // those of a few megapixels
 			photos = append(photos, data)
 		}

@@ -86,10 +86,7 @@ func pointsInCode(t *testing.T) (names []string) {
 	}
 	call := regexp.MustCompile(`\bpoint\("([^"]*)"\)`)
 	for _, file := range files {
-		source, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		source := readFile(t, file)
 		if strings.HasSuffix(file, "_test.go") {
 			continue
 		}

@@ -143,10 +143,7 @@ func dashboardQueries(t *testing.T, file string) (queries []string) {
 // readYAML reads each document of a file.
 func readYAML(t *testing.T, file string, read func(decode func(any) error) error) {
 	t.Helper()
-	data, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	data := readFile(t, file)
 	decoder := yaml.NewDecoder(bytes.NewReader(data))
 	for n := 1; ; n++ {
 		err := read(decoder.Decode)
@@ -319,10 +316,7 @@ func systemdService(t *testing.T) container {
 // readUnit reads the systemd unit; of a name that stands twice, the last line.
 func readUnit(t *testing.T) map[string]string {
 	t.Helper()
-	data, err := os.ReadFile("deploy/pms.service")
-	if err != nil {
-		t.Fatal(err)
-	}
+	data := readFile(t, "deploy/pms.service")
 	unit := make(map[string]string)
 	for line := range strings.Lines(string(data)) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(line, "#") {
@@ -369,10 +363,7 @@ func TestManifestsFitTheProgram(t *testing.T) {
 // one of a changed tree, or lack what the program embeds.
 func TestImageIsBuiltFromTheWholeTree(t *testing.T) {
 	t.Parallel()
-	ignore, err := os.ReadFile(".dockerignore")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ignore := readFile(t, ".dockerignore")
 	tracked, err := exec.Command("git", "ls-files").Output()
 	if err != nil {
 		t.Skipf("needs git and a checkout: %v", err)

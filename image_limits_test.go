@@ -309,10 +309,7 @@ func tallJPEG(t *testing.T, strip []byte, rows int) []byte {
 // printMappedFor runs in the child. Mapped memory never shrinks, so its growth
 // is the peak; the race detector's shadow is not in it.
 func printMappedFor(t *testing.T, name string) {
-	data, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	data := readFile(t, name)
 	runtime.GC()
 	before := mappedBytes()
 	if _, err := compressBytes(data, 2048); err != nil {

@@ -724,10 +724,7 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 // What the README has a newcomer type after `go run .` works as it says there.
 func TestReadmeTryIt(t *testing.T) {
 	t.Parallel()
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	readme := readFile(t, "README.md")
 	_, lines, found := strings.Cut(string(readme), "In another terminal")
 	_, lines, _ = strings.Cut(lines, "```sh\n")
 	lines, _, closed := strings.Cut(lines, "\n```")
@@ -983,10 +980,7 @@ func TestRealPhotographs(t *testing.T) {
 	var sizes []image.Config
 	var lengths []int
 	for _, file := range files[:min(len(files), maxImages)] {
-		data, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		data := readFile(t, file)
 		config, _, err := image.DecodeConfig(bytes.NewReader(data))
 		if err != nil {
 			t.Fatal(err)
@@ -1003,10 +997,7 @@ func TestRealPhotographs(t *testing.T) {
 // peakMemory is the most memory that a process has had resident so far.
 func peakMemory(t *testing.T, pid int) int64 {
 	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	status := readFile(t, fmt.Sprintf("/proc/%d/status", pid))
 	_, after, _ := strings.Cut(string(status), "VmHWM:")
 	kib, err := strconv.ParseInt(strings.Fields(after)[0], 10, 64)
 	if err != nil {
@@ -1085,10 +1076,7 @@ func TestRedisURLMayEndInASlash(t *testing.T) {
 
 func TestExampleSettingsAreComplete(t *testing.T) {
 	t.Parallel()
-	data, err := os.ReadFile(".env.example")
-	if err != nil {
-		t.Fatal(err)
-	}
+	data := readFile(t, ".env.example")
 	for _, s := range new(config).settings() {
 		if !strings.Contains(string(data), "#"+s.name+"=") {
 			t.Errorf(".env.example does not have %s", s.name)

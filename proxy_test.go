@@ -257,21 +257,25 @@ func dialProxy(t *testing.T, p *tcpProxy) net.Conn {
 	return conn
 }
 
+// echoing is a connection through the proxy on which there is an echo.
+func echoing(t *testing.T, p *tcpProxy) net.Conn {
+	t.Helper()
+	conn := dialProxy(t, p)
+	if !echo(t, conn, "hello", soon) {
+		t.Fatal("no echo through the proxy")
+	}
+	return conn
+}
+
 func TestProxyForwards(t *testing.T) {
 	t.Parallel()
-	p := startProxy(t, startEcho(t))
-	if !echo(t, dialProxy(t, p), "hello", soon) {
-		t.Error("no echo through the proxy")
-	}
+	echoing(t, startProxy(t, startEcho(t)))
 }
 
 func TestProxyCutClosesAndRefusesUntilRestored(t *testing.T) {
 	t.Parallel()
 	p := startProxy(t, startEcho(t))
-	conn := dialProxy(t, p)
-	if !echo(t, conn, "hello", soon) {
-		t.Fatal("no echo through the proxy")
-	}
+	conn := echoing(t, p)
 	p.Cut()
 	if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("read after Cut: %v, want a closed connection", err)
@@ -280,34 +284,24 @@ func TestProxyCutClosesAndRefusesUntilRestored(t *testing.T) {
 		t.Errorf("dial after Cut: %v, %v, want connection refused", other, err)
 	}
 	p.Restore(t)
-	if !echo(t, dialProxy(t, p), "again", soon) {
-		t.Error("no echo after Restore")
-	}
+	echoing(t, p)
 }
 
 func TestProxyResetBreaksOffAndAcceptsAnew(t *testing.T) {
 	t.Parallel()
 	p := startProxy(t, startEcho(t))
-	conn := dialProxy(t, p)
-	if !echo(t, conn, "hello", soon) {
-		t.Fatal("no echo through the proxy")
-	}
+	conn := echoing(t, p)
 	p.Reset()
 	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("read after Reset: %v, want connection reset", err)
 	}
-	if !echo(t, dialProxy(t, p), "again", soon) {
-		t.Error("no echo after Reset")
-	}
+	echoing(t, p)
 }
 
 func TestProxyStallHoldsBytesUntilRestored(t *testing.T) {
 	t.Parallel()
 	p := startProxy(t, startEcho(t))
-	old := dialProxy(t, p)
-	if !echo(t, old, "hello", soon) {
-		t.Fatal("no echo through the proxy")
-	}
+	old := echoing(t, p)
 	p.Stall()
 	fresh := dialProxy(t, p)
 	for name, conn := range map[string]net.Conn{"old": old, "fresh": fresh} {
