@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 )
 
@@ -37,30 +36,25 @@ type deadFilter struct {
 	Since  time.Time // of the failure, which may be at that very time
 }
 
-// where is the filter as SQL over images i that meet a condition, and its
-// arguments.
-func (f deadFilter) where(condition string) (sql string, args []any) {
-	conditions := []string{condition}
-	add := func(condition string, value any) {
-		args = append(args, value)
-		conditions = append(conditions, fmt.Sprintf("%s $%d", condition, len(args)))
-	}
+// where is the filter over images i that meet a condition.
+func (f deadFilter) where(condition string) (c conditions) {
+	c.add(condition)
 	if f.Code != "" {
-		add("i.error_code =", f.Code)
+		c.add("i.error_code = ?", f.Code)
 	}
 	if f.Host != "" {
-		add("i.host =", f.Host)
+		c.add("i.host = ?", f.Host)
 	}
 	if f.Port != 0 {
-		add("i.port =", f.Port)
+		c.add("i.port = ?", f.Port)
 	}
 	if f.UserID != nil {
-		add("i.user_id =", *f.UserID)
+		c.add("i.user_id = ?", *f.UserID)
 	}
 	if !f.Since.IsZero() {
-		add("i.failed_at >=", f.Since.Add(time.Millisecond-1).UTC().Truncate(time.Millisecond)) // rounded up, as times are stored
+		c.add("i.failed_at >= ?", f.Since.Add(time.Millisecond-1).UTC().Truncate(time.Millisecond)) // rounded up, as times are stored
 	}
-	return strings.Join(conditions, " AND "), args
+	return c
 }
 
 const selectDeadLetters = `SELECT ` + imageColumns + `, i.product_id, i.failed_at FROM images i WHERE `
@@ -83,20 +77,19 @@ func (s *store) DeadLetters(ctx context.Context, f deadFilter, after int64, limi
 }
 
 func (f deadFilter) pageSQL(after int64, limit int) (string, []any) {
-	where, args := f.where(isDead)
-	args = append(args, after)
-	return fmt.Sprintf("%s%s AND i.id > $%d ORDER BY i.id LIMIT %d", selectDeadLetters, where, len(args), limit), args
+	c := f.where(isDead)
+	c.add("i.id > ?", after)
+	return fmt.Sprintf("%s%s ORDER BY i.id LIMIT %d", selectDeadLetters, c, limit), c.args
 }
 
 // CountDead answers how many dead letters f selects.
 func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) {
-	where, args := f.where(isDead)
-	n, err = s.countImages(ctx, where, args)
+	n, err = s.countImages(ctx, f.where(isDead))
 	return n, wrap("count dead letters", err)
 }
 
-func (s *store) countImages(ctx context.Context, where string, args []any) (int, error) {
-	r, err := s.QueryOnce(ctx, "SELECT count(*) FROM images i WHERE "+where, args...)
+func (s *store) countImages(ctx context.Context, c conditions) (int, error) {
+	r, err := s.QueryOnce(ctx, "SELECT count(*) FROM images i WHERE "+c.String(), c.args...)
 	return only(collect(r, err, scanOne[int]))
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -136,60 +137,81 @@ func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error
 // read everybody's in the order of the list until the page is full, which looks
 // cheap and has no bound.
 func (f productFilter) sql() (string, []any, error) {
-	var where []string
-	var args []any
-	add := func(condition string, values ...any) {
-		for _, value := range values {
-			args = append(args, value)
-			condition = strings.Replace(condition, "?", fmt.Sprintf("$%d", len(args)), 1)
-		}
-		where = append(where, condition)
-	}
-	if f.UserID != nil {
-		add("user_id = ANY(?)", []int64{*f.UserID})
-	}
-	if f.Name != "" {
-		add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
-	}
-	if f.MinPrice != nil {
-		add("price_cents >= ?", int64(*f.MinPrice))
-	}
-	if f.MaxPrice != nil {
-		add("price_cents <= ?", int64(*f.MaxPrice))
-	}
-	column, direction, beyond := f.Sort.column(), "ASC", ">"
-	if f.Sort.descending() {
-		direction, beyond = "DESC", "<"
-	}
-	if f.After != nil && column == "id" {
-		add("id "+beyond+" ?", f.After.ID)
-	} else if f.After != nil {
-		value, err := f.After.value()
-		if err != nil {
-			return "", nil, err
-		}
-		add("("+column+", id) "+beyond+" (?, ?)", value, f.After.ID)
+	c, err := f.where()
+	if err != nil {
+		return "", nil, err
 	}
 	filter := ""
-	if len(where) > 0 {
-		filter = "WHERE " + strings.Join(where, " AND ")
-	}
-	var columns []string
-	if f.UserID != nil {
-		columns = append(columns, "user_id")
-	}
-	if column != "id" {
-		columns = append(columns, column)
-	}
-	columns = append(columns, "id")
-	order := func(table string) string {
-		return table + strings.Join(columns, " "+direction+", "+table) + " " + direction
+	if c.all != nil {
+		filter = "WHERE " + c.String()
 	}
 	return fmt.Sprintf(`
 SELECT %s
 FROM (SELECT * FROM products %s ORDER BY %s LIMIT %d) p LEFT JOIN images i ON i.product_id = p.id
-ORDER BY %s, i.position`, productColumns, filter, order(""), f.Limit, order("p.")), args, nil
+ORDER BY %s, i.position`, productColumns, filter, f.order(""), f.Limit, f.order("p.")), c.args, nil
 }
+
+func (f productFilter) where() (c conditions, err error) {
+	if f.UserID != nil {
+		c.add("user_id = ANY(?)", []int64{*f.UserID})
+	}
+	if f.Name != "" {
+		c.add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
+	}
+	if f.MinPrice != nil {
+		c.add("price_cents >= ?", int64(*f.MinPrice))
+	}
+	if f.MaxPrice != nil {
+		c.add("price_cents <= ?", int64(*f.MaxPrice))
+	}
+	if f.After == nil {
+		return c, nil
+	}
+	column, beyond := f.Sort.column(), ">"
+	if f.Sort.descending() {
+		beyond = "<"
+	}
+	if column == "id" {
+		c.add("id "+beyond+" ?", f.After.ID)
+		return c, nil
+	}
+	value, err := f.After.value()
+	c.add("("+column+", id) "+beyond+" (?, ?)", value, f.After.ID)
+	return c, err
+}
+
+// order is the list's order by columns of a table, such as "p.".
+func (f productFilter) order(table string) string {
+	columns := []string{"id"}
+	if column := f.Sort.column(); column != "id" {
+		columns = []string{column, "id"}
+	}
+	if f.UserID != nil {
+		columns = slices.Insert(columns, 0, "user_id")
+	}
+	direction := " ASC"
+	if f.Sort.descending() {
+		direction = " DESC"
+	}
+	return table + strings.Join(columns, direction+", "+table) + direction
+}
+
+// conditions are those of a query, all of which have to be met, with its arguments.
+type conditions struct {
+	all  []string
+	args []any
+}
+
+// add adds a condition, in which a ? stands for each of the values.
+func (c *conditions) add(condition string, values ...any) {
+	for _, value := range values {
+		c.args = append(c.args, value)
+		condition = strings.Replace(condition, "?", fmt.Sprintf("$%d", len(c.args)), 1)
+	}
+	c.all = append(c.all, condition)
+}
+
+func (c conditions) String() string { return strings.Join(c.all, " AND ") }
 
 // likeEscaper makes LIKE take a text literally.
 var likeEscaper = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)

@@ -21,29 +21,27 @@ type madeFilter struct {
 	Products   []int64 // nil: of any
 }
 
-func (f madeFilter) where() (sql string, args []any) {
-	sql, args = f.deadFilter.where(isMade)
+func (f madeFilter) where() conditions {
+	c := f.deadFilter.where(isMade)
 	if f.Products != nil {
-		args = append(args, f.Products)
-		sql += fmt.Sprintf(" AND i.product_id = ANY($%d)", len(args))
+		c.add("i.product_id = ANY(?)", f.Products)
 	}
-	return sql, args
+	return c
 }
 
 // MadeImages reads a page of the ids of the images that f selects, after the
 // given one.
 func (s *store) MadeImages(ctx context.Context, f madeFilter, after int64, limit int) ([]int64, error) {
-	where, args := f.where()
-	args = append(args, after)
-	r, err := s.QueryOnce(ctx, fmt.Sprintf("SELECT i.id FROM images i WHERE %s AND i.id > $%d ORDER BY i.id LIMIT %d", where, len(args), limit), args...)
+	c := f.where()
+	c.add("i.id > ?", after)
+	r, err := s.QueryOnce(ctx, fmt.Sprintf("SELECT i.id FROM images i WHERE %s ORDER BY i.id LIMIT %d", c, limit), c.args...)
 	ids, err := collect(r, err, scanOne[int64])
 	return ids, wrap("list images", err)
 }
 
 // CountMade answers how many images f selects.
 func (s *store) CountMade(ctx context.Context, f madeFilter) (int, error) {
-	where, args := f.where()
-	n, err := s.countImages(ctx, where, args)
+	n, err := s.countImages(ctx, f.where())
 	return n, wrap("count images", err)
 }
 
