@@ -502,11 +502,8 @@ func (s imageSettings) failed(why *imageError, attempt int, now time.Time) failu
 // time up to base doubled with each ("full jitter", AWS Architecture Blog,
 // "Exponential Backoff And Jitter").
 func backoff(base time.Duration, tries int) time.Duration {
-	limit := min(base<<min(tries-1, 30), maxRetryDelay)
-	if limit <= 0 { // base is so long that the shift overflowed
-		limit = maxRetryDelay
-	}
-	return rand.N(limit + 1)
+	// Doubled 20 times the shortest base reaches the limit, and the longest fits.
+	return rand.N(min(base<<min(tries-1, 20), maxRetryDelay) + 1)
 }
 
 // The wait between the tries of a step that fails through our own parts.

@@ -20,6 +20,7 @@ func TestBackoffHasFullJitter(t *testing.T) {
 		{time.Second, 1, time.Second}, {time.Second, 2, 2 * time.Second}, {time.Second, 6, 32 * time.Second},
 		{time.Second, 9, 256 * time.Second}, {time.Second, 10, maxRetryDelay}, {time.Second, 100, maxRetryDelay},
 		{maxRetryDelay, 1, maxRetryDelay}, {maxRetryDelay, 60, maxRetryDelay}, {time.Millisecond, 1, time.Millisecond},
+		{time.Millisecond, 60, maxRetryDelay}, {1<<34 + 1, 31, maxRetryDelay},
 	} {
 		const draws, parts = 4000, 4
 		var hits [parts]int
