@@ -74,7 +74,7 @@ func readHost(v string) (host string, port int, err error) {
 	if ip := net.ParseIP(v); ip != nil {
 		return hostName(v), 0, nil // IPv6 without brackets too
 	}
-	u, problem := parseImageURL("http://" + v)
+	u, problem := parseURL("http://" + v)
 	if problem != "" || u.Host != v {
 		return "", 0, errors.New("must be the host of a URL, with a port or without")
 	}

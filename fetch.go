@@ -107,7 +107,7 @@ func newFetcher(limits fetchLimits) *fetcher {
 // as it is, when the host is busy errHostBusy, and when there is no memory errNoRoom.
 // What we lack ourselves (a free file descriptor) is an ordinary error.
 func (f *fetcher) Fetch(ctx context.Context, url string) ([]byte, error) {
-	u, problem := parseImageURL(url)
+	u, problem := parseURL(url)
 	if problem != "" {
 		return nil, permanent("bad_url", "the URL %s", problem)
 	}
@@ -201,11 +201,11 @@ func portOf(u *url.URL) string {
 // sourceHost is what an image's source is found by: host and port of its URL. A
 // URL that has none, which the API does not let in, is of the host "".
 func sourceHost(source string) (host string, port int) {
-	u, problem := parseImageURL(source)
+	u, problem := parseURL(source)
 	if problem != "" {
 		return "", 0
 	}
-	port, _ = strconv.Atoi(portOf(u)) // checked by parseImageURL
+	port, _ = strconv.Atoi(portOf(u)) // checked by parseURL
 	return hostName(u.Hostname()), port
 }
 
@@ -433,14 +433,15 @@ func tlsDetail(err error) string {
 	return "no TLS connection could be made"
 }
 
-// checkImageURL says what is wrong with a URL that a client gives, "" if
-// nothing is. Where the URL leads is no matter here: the download finds out.
-func checkImageURL(raw string) string {
-	_, problem := parseImageURL(raw)
+// checkURL says what is wrong with a URL that a client gives, of an image or a
+// webhook; "" if nothing is. Where it leads is no matter here: that is found out
+// when it is called.
+func checkURL(raw string) string {
+	_, problem := parseURL(raw)
 	return problem
 }
 
-func parseImageURL(raw string) (u *url.URL, problem string) {
+func parseURL(raw string) (u *url.URL, problem string) {
 	switch {
 	case raw == "":
 		return nil, "must not be empty"

@@ -236,8 +236,8 @@ func TestFetchSendsNothingToForbiddenPlaces(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %.60q", code, hostile), func(t *testing.T) {
 				data, err := f.Fetch(t.Context(), hostile)
 				wantFailure(t, data, err, code, true)
-				if problem := checkImageURL(hostile); (problem != "") != (code == "bad_url") {
-					t.Errorf("checkImageURL says %q", problem)
+				if problem := checkURL(hostile); (problem != "") != (code == "bad_url") {
+					t.Errorf("checkURL says %q", problem)
 				}
 			})
 		}
@@ -578,7 +578,7 @@ func TestURLsThatAreFine(t *testing.T) {
 		"http://[::1]:8080/", "http://[fe80::1%25eth0]/", "http://localhost/", "http://münchen.example/ä.png", "http://a_b.example/",
 		"http://example.com:/", "http://example.com:65535/", "https://cdn.example/" + strings.Repeat("a", maxURLBytes-20),
 	} {
-		if problem := checkImageURL(fine); problem != "" {
+		if problem := checkURL(fine); problem != "" {
 			t.Errorf("%.80q: %s", fine, problem)
 		}
 	}
@@ -595,7 +595,7 @@ func FuzzCheckImageURL(f *testing.F) {
 		f.Add(fine)
 	}
 	f.Fuzz(func(t *testing.T, raw string) {
-		if checkImageURL(raw) != "" {
+		if checkURL(raw) != "" {
 			return
 		}
 		u, err := url.Parse(raw)

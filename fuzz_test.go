@@ -50,7 +50,7 @@ func FuzzProductInput(f *testing.F) {
 }
 
 func readWhole(body []byte) (Product, error) {
-	in, err := readProductInput(body, writableFields...)
+	in, err := readFields(body, writableFields...)
 	if err != nil {
 		return Product{}, err
 	}
@@ -94,7 +94,7 @@ func FuzzMergePatch(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, patch []byte) {
 		before := Product{UserID: 1, Name: "Trail shoe", Description: "Light.", Price: 8990, Images: []Image{{Source: "http://e.example/1"}}}
-		in, err := readProductInput(patch, writableFields[1:]...)
+		in, err := readFields(patch, writableFields[1:]...)
 		if err != nil {
 			return
 		}

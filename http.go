@@ -289,7 +289,7 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request, replace b
 	if err != nil {
 		return err
 	}
-	in, err := readProductInput(body, "product_name", "product_description", "product_price", "product_images")
+	in, err := readFields(body, "product_name", "product_description", "product_price", "product_images")
 	if err != nil {
 		return err
 	}

@@ -182,9 +182,9 @@ func notJSON(err error) error {
 	return &badJSON{detail: "the body is not valid JSON: " + text}
 }
 
-// productInput collects what is wrong with a product's fields while it reads
-// them.
-type productInput struct {
+// bodyFields are the fields of a product, or of a webhook, in a body. It collects
+// what is wrong with them while they are read.
+type bodyFields struct {
 	object map[string]json.RawMessage
 	errors invalidInput
 }
@@ -193,9 +193,9 @@ type productInput struct {
 // gets no answer that is as long as the request.
 const maxUnknown = 20
 
-// readProductInput takes apart the body of a request that may set the given
-// fields and no others.
-func readProductInput(body []byte, fields ...string) (*productInput, error) {
+// readFields takes apart the body of a request that may set the given fields and
+// no others.
+func readFields(body []byte, fields ...string) (*bodyFields, error) {
 	object, err := parseObject(body)
 	if err != nil {
 		return nil, err
@@ -209,7 +209,7 @@ func readProductInput(body []byte, fields ...string) (*productInput, error) {
 	if unknown != nil {
 		return nil, &badJSON{detail: "the body has a field that cannot be set: " + unknown[0].Field, fields: unknown}
 	}
-	return &productInput{object: object}, nil
+	return &bodyFields{object: object}, nil
 }
 
 // newProductFields are those that a product is created with, in the order in
@@ -221,14 +221,14 @@ var neededProductFields = []string{"user_id", "product_name", "product_price"}
 
 // readNewProduct reads a product that is to be created.
 func readNewProduct(body []byte) (Product, error) {
-	in, err := readProductInput(body, newProductFields...)
+	in, err := readFields(body, newProductFields...)
 	if err != nil {
 		return Product{}, err
 	}
 	return in.newProduct()
 }
 
-func (in *productInput) newProduct() (Product, error) {
+func (in *bodyFields) newProduct() (Product, error) {
 	in.require(neededProductFields...)
 	p := Product{UserID: in.userID()}
 	in.apply(&p)
@@ -236,15 +236,15 @@ func (in *productInput) newProduct() (Product, error) {
 }
 
 // err is the error of all fields that were found wrong, or nil.
-func (in *productInput) err() error { return in.errors.err() }
+func (in *bodyFields) err() error { return in.errors.err() }
 
-func (in *productInput) wrong(field, format string, args ...any) {
+func (in *bodyFields) wrong(field, format string, args ...any) {
 	in.errors = append(in.errors, fieldError{field, fmt.Sprintf(format, args...)})
 }
 
 // setting answers the JSON of a field that is to be set. A field may be absent
 // or null; if it is required, null is an error.
-func (in *productInput) setting(field string, required bool) (value json.RawMessage, null, ok bool) {
+func (in *bodyFields) setting(field string, required bool) (value json.RawMessage, null, ok bool) {
 	value, ok = in.object[field]
 	null = ok && string(value) == "null"
 	if null && required {
@@ -255,7 +255,7 @@ func (in *productInput) setting(field string, required bool) (value json.RawMess
 }
 
 // require reports the fields that are absent.
-func (in *productInput) require(fields ...string) {
+func (in *bodyFields) require(fields ...string) {
 	for _, field := range fields {
 		if _, ok := in.object[field]; !ok {
 			in.wrong(field, "is required")
@@ -264,7 +264,7 @@ func (in *productInput) require(fields ...string) {
 }
 
 // userID reads the field user_id.
-func (in *productInput) userID() (id int64) {
+func (in *bodyFields) userID() (id int64) {
 	value, _, ok := in.setting("user_id", true)
 	if ok && (json.Unmarshal(value, &id) != nil || id <= 0) {
 		in.wrong("user_id", "must be the id of a user, a whole number above 0")
@@ -274,7 +274,7 @@ func (in *productInput) userID() (id int64) {
 
 // apply sets p's writable fields to those that the body has. Null sets an
 // optional field to its default, as in a merge patch (RFC 7396).
-func (in *productInput) apply(p *Product) {
+func (in *bodyFields) apply(p *Product) {
 	if value, _, ok := in.setting("product_name", true); ok {
 		in.text("product_name", value, &p.Name, 1, maxNameLength)
 	}
@@ -297,7 +297,7 @@ func (in *productInput) apply(p *Product) {
 
 // text reads a string of min to max characters, which PostgreSQL must be able
 // to hold: NUL it cannot.
-func (in *productInput) text(field string, value json.RawMessage, to *string, min, max int) {
+func (in *bodyFields) text(field string, value json.RawMessage, to *string, min, max int) {
 	var text string
 	if json.Unmarshal(value, &text) != nil {
 		in.wrong(field, "must be a string")
@@ -315,7 +315,7 @@ func (in *productInput) text(field string, value json.RawMessage, to *string, mi
 }
 
 // images reads the list of image sources.
-func (in *productInput) images(value json.RawMessage) []Image {
+func (in *bodyFields) images(value json.RawMessage) []Image {
 	var items []json.RawMessage
 	if json.Unmarshal(value, &items) != nil {
 		in.wrong("product_images", "must be a list of URLs")
@@ -333,7 +333,7 @@ func (in *productInput) images(value json.RawMessage) []Image {
 			in.wrong(field, "must be a string")
 			continue
 		}
-		if problem := checkImageURL(*source); problem != "" {
+		if problem := checkURL(*source); problem != "" {
 			in.wrong(field, "%s", problem)
 		}
 		images[n] = Image{Position: n, Source: *source}

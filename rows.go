@@ -135,7 +135,7 @@ func (r *rowReader) parseCSV(text []byte) (Product, error) {
 	if len(fields) != len(r.header) {
 		return Product{}, &badJSON{detail: fmt.Sprintf("the row has %d fields, and the header row %d", len(fields), len(r.header))}
 	}
-	in := &productInput{object: make(map[string]json.RawMessage)}
+	in := &bodyFields{object: make(map[string]json.RawMessage)}
 	for n, name := range r.header {
 		value := fields[n]
 		switch {
@@ -363,7 +363,7 @@ func (w ndjsonWriter) flush() error { return w.Flush() }
 
 type csvWriter struct{ *csv.Writer }
 
-// write joins the images by spaces: no URL has one, see parseImageURL.
+// write joins the images by spaces: no URL has one, see parseURL.
 func (w csvWriter) write(p Product) error {
 	row := rowOf(p)
 	return w.Write([]string{fmt.Sprint(row.UserID), row.Name, row.Description, row.Price.String(), strings.Join(row.Sources, " ")})

@@ -58,7 +58,7 @@ func (s *server) createWebhook(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	in, err := readProductInput(body, "url", "secret", "user_id")
+	in, err := readFields(body, "url", "secret", "user_id")
 	if err != nil {
 		return err
 	}
@@ -83,11 +83,11 @@ func (s *server) createWebhook(w http.ResponseWriter, r *http.Request) error {
 }
 
 // webhook reads the fields of a webhook; what has no secret gets one.
-func (in *productInput) webhook() (hook webhook) {
+func (in *bodyFields) webhook() (hook webhook) {
 	in.require("url")
 	if value, _, ok := in.setting("url", true); ok {
 		in.text("url", value, &hook.URL, 1, maxURLBytes)
-		if problem := checkImageURL(hook.URL); hook.URL != "" && problem != "" {
+		if problem := checkURL(hook.URL); hook.URL != "" && problem != "" {
 			in.wrong("url", "%s", problem)
 		}
 	}

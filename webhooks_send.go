@@ -224,7 +224,7 @@ func webhookID(eventID int64) string { return "evt_" + strconv.FormatInt(eventID
 // as Fetch's are. Any answer of 2xx is good; a redirect is not followed. Errors
 // are as those of Fetch.
 func (f *fetcher) Post(ctx context.Context, url string, header http.Header, body []byte) error {
-	u, problem := parseImageURL(url)
+	u, problem := parseURL(url)
 	if problem != "" {
 		return permanent("bad_url", "the URL %s", problem)
 	}
