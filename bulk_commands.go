@@ -73,16 +73,16 @@ func importCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []
 		return err
 	}
 	defer in.Close()
-	refused := p.stdout
-	if o.errors != "" {
-		file, err := os.Create(o.errors)
-		if err != nil {
-			return err
+	return p.withStore(ctx, func(db *store) (err error) {
+		refused := p.stdout
+		if o.errors != "" { // only now, since an earlier import's would be gone for nothing
+			file, err := os.Create(o.errors)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, file.Close()) }()
+			refused = file
 		}
-		defer file.Close() // what was written is flushed
-		refused = file
-	}
-	return p.withStore(ctx, func(db *store) error {
 		return p.withInvalidation(ctx, func(invalidate func(id, version int64)) error {
 			return p.importFile(ctx, db, o, in, size, refused, invalidate)
 		})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"mime"
 	"net/http"
 	"net/url"
@@ -461,11 +462,11 @@ func readQuery(raw string, known ...string) (url.Values, error) {
 	if err != nil {
 		return nil, &httpError{http.StatusBadRequest, "the query is malformed"}
 	}
-	for name, values := range query {
+	for _, name := range slices.Sorted(maps.Keys(query)) { // so that the same mistake is named each time
 		if !slices.Contains(known, name) {
 			return nil, &httpError{http.StatusBadRequest, fmt.Sprintf("unknown query parameter %q", name)}
 		}
-		if len(values) > 1 {
+		if len(query[name]) > 1 {
 			return nil, &httpError{http.StatusBadRequest, fmt.Sprintf("query parameter %q stands twice", name)}
 		}
 	}

@@ -437,8 +437,11 @@ func (p *pipeline) settleReady(ctx context.Context, w *work) error {
 	var version int64
 	err := p.persist(ctx, w, func() (err error) {
 		version, err = p.store.SettleReady(ctx, w.delivery.Job, w.image)
-		if errors.Is(err, errReservationLost) {
-			err = errors.Join(p.storeObjects(ctx, w), err)
+		if !errors.Is(err, errReservationLost) {
+			return err
+		}
+		if err = p.storeObjects(ctx, w); err == nil {
+			version, err = p.store.SettleReady(ctx, w.delivery.Job, w.image)
 		}
 		return err
 	})
