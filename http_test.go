@@ -431,6 +431,7 @@ func TestListRefuses(t *testing.T) {
 	a := newAPI(t)
 	other := cursorAfter(Product{ID: 1, Price: 5}, "product_price").String()
 	early := cursorAfter(Product{ID: 1, CreatedAt: time.Date(0, 12, 31, 0, 0, 0, 0, time.UTC)}, "created_at").String()
+	nul := cursorAfter(Product{ID: 1, Name: "\x00"}, "product_name").String()
 	late := cursorAfter(Product{ID: 1, CreatedAt: time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)}, "-created_at").String()
 	for query, fields := range map[string][]string{
 		"user_id=x": {"user_id"}, "user_id=0": {"user_id"}, "user_id=": {"user_id"},
@@ -440,7 +441,8 @@ func TestListRefuses(t *testing.T) {
 		"name=%00": {"name"}, "name=%ff": {"name"},
 		"cursor=x": {"cursor"}, "cursor=" + other: {"cursor"}, "cursor=": {"cursor"}, "cursor=bnVsbA": {"cursor"},
 		"sort=created_at&cursor=" + early: {"cursor"}, "sort=-created_at&cursor=" + late: {"cursor"},
-		"limit=0&sort=x&user_id=y": {"user_id", "limit", "sort"},
+		"sort=product_name&cursor=" + nul: {"cursor"},
+		"limit=0&sort=x&user_id=y":        {"user_id", "limit", "sort"},
 	} {
 		t.Run(query, func(t *testing.T) { a.do(t, "GET", "/products?"+query, "").wantProblem(t, 422, fields...) })
 	}

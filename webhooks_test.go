@@ -361,6 +361,41 @@ func TestDeliveriesAreMadeOnce(t *testing.T) {
 	})
 }
 
+// A webhook that is back is given what it has missed, by and by; the others, which
+// have had it, are not given it again.
+func TestWebhookThatIsBackCatchesUp(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		ahead, gone := hookOn(t, s, "http://a.example"), hookOn(t, s, "http://b.example")
+		create(t, s)
+		makeDeliveries(t, s, gone, 1)
+		_, claimed, err := s.ClaimDeliveries(t.Context(), gone.ID, 1, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SettleUndelivered(t.Context(), gone.ID, claimed[0], failure{imageError: permanent("http_410", "410")}, true); err != nil {
+			t.Fatal(err)
+		}
+		create(t, s)
+		create(t, s)
+		makeDeliveries(t, s, ahead, 3)
+		if n, err := s.ReplayDeliveries(t.Context(), gone.ID); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+		for more := true; more && err == nil; {
+			more, err = s.MakeDeliveries(t.Context(), 1, func(e event) []byte { return []byte(e.What) })
+		}
+		for _, hook := range []webhook{ahead, gone} {
+			if shown, err := s.Webhook(t.Context(), hook.ID); err != nil || shown.Waiting != 3 {
+				t.Errorf("%d deliveries wait for webhook %d, want 3: %v", shown.Waiting, hook.ID, err)
+			}
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A claim is a lease: what its process did not settle is due again, and then the
 // first process has no say in it.
 func TestDeliveryIsClaimedForATime(t *testing.T) {
