@@ -221,6 +221,12 @@ func TestTokensAreLookedUpAgain(t *testing.T) {
 		if _, err := look(); !errors.Is(err, errUnavailable) {
 			t.Errorf("revoked, and then with the database away: %v", err)
 		}
+		watch := tokenWatch{look: look}
+		err = watch.renew()
+		begin = time.Now()
+		if <-watch.expired; err != nil || time.Since(begin) != tokenTime {
+			t.Errorf("with the database away a watch looks again after %v, %v", time.Since(begin), err)
+		}
 	})
 }
 

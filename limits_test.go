@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"io"
 	"log/slog"
@@ -281,6 +283,56 @@ func TestAnswersThatNobodyReadsEnd(t *testing.T) {
 		io.WriteString(client, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 		if d := <-took; d != time.Minute {
 			t.Errorf("the answer was given up after %v, want a minute", d)
+		}
+	})
+}
+
+// A stream and an export last for as long as their clients take them, however
+// slowly; a client that takes nothing loses its stream.
+func TestAnswersThatAreReadGoOn(t *testing.T) {
+	t.Parallel()
+	if _, err := migratedFile(); err != nil { // outside the bubbles, which share it
+		t.Fatal(err)
+	}
+	inBubble := func(name, path string, test func(t *testing.T, a *api, client net.Conn)) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				a := newAPI(t)
+				manyProducts(t, a.store, 2000)
+				client, end := servePipe(a.handler.ServeHTTP)
+				defer end()
+				io.WriteString(client, "GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n")
+				test(t, a, client)
+			})
+		})
+	}
+	slowly := func(client net.Conn) (n int, took time.Duration, err error) {
+		start := time.Now()
+		response, err := http.ReadResponse(bufio.NewReader(client), nil)
+		for part := make([]byte, 8<<10); err == nil && time.Since(start) < 2*writeTimeout; time.Sleep(2 * time.Second) { // the bubble's clock
+			var some int
+			some, err = response.Body.Read(part)
+			n += bytes.Count(part[:some], []byte("\n"))
+		}
+		return n, time.Since(start), err
+	}
+	inBubble("stream", "/events", func(t *testing.T, _ *api, client net.Conn) {
+		if _, took, err := slowly(client); err != nil {
+			t.Errorf("it ended after %v: %v", took, err)
+		}
+	})
+	inBubble("export", "/products/export", func(t *testing.T, _ *api, client net.Conn) {
+		if n, took, err := slowly(client); err != io.EOF || n != 2000 || took < readTimeout {
+			t.Errorf("it ended after %v and %d rows: %v", took, n, err)
+		}
+	})
+	inBubble("stream that is not read", "/events", func(t *testing.T, a *api, client net.Conn) {
+		io.ReadFull(client, make([]byte, 1))
+		time.Sleep(eventsHeartbeat + eventsWriteTimeout + 1)
+		synctest.Wait()
+		if n := a.limits.streaming.taken.Load(); n != 0 {
+			t.Errorf("it has %d places", n)
 		}
 	})
 }
