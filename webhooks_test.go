@@ -543,6 +543,33 @@ func TestDeliveryOutlivesTheDatabase(t *testing.T) {
 	}
 }
 
+// What is being sent when the program ends is given back, with no attempt counted,
+// for after a pause: what kept it from being sent may last.
+func TestDeliveryIsGivenBackAtTheEnd(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		ctx, end := context.WithCancel(t.Context())
+		hooks := newReceiver(t, func(int, received, http.ResponseWriter) { end(); <-t.Context().Done() })
+		hook := hookOn(t, s, hooks.URL)
+		d := newDeliverer(s, encoder{}, fetchLimits{AllowPrivate: true}, imageSettings{RetryAttempts: 6, RetryBase: time.Millisecond}, slog.New(slog.DiscardHandler))
+		create(t, s)
+		makeDeliveries(t, s, hook, 1)
+		now := s.now()
+		s.now = func() time.Time { return now }
+		d.lane(ctx, hook.ID)
+		if shown, err := s.Webhook(t.Context(), hook.ID); err != nil || shown.LastAt != nil || shown.Waiting != 1 || len(hooks.all()) != 1 {
+			t.Errorf("%+v, %v; %d requests", shown, err, len(hooks.all()))
+		}
+		if due, err := s.DueWebhooks(t.Context()); err != nil || len(due) != 0 {
+			t.Errorf("due at once are %v, %v", due, err)
+		}
+		advance(s, refusedDelay)
+		if _, claimed, err := s.ClaimDeliveries(t.Context(), hook.ID, 1, 1); err != nil || len(claimed) != 1 || claimed[0].Attempts != 0 {
+			t.Errorf("due again are %+v, %v", claimed, err)
+		}
+	})
+}
+
 // The answer's status is all that counts: a redirect is a failure and is not
 // followed, a body without end is not waited for.
 func TestPostLooksAtTheStatusAlone(t *testing.T) {
