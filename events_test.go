@@ -366,6 +366,35 @@ func TestProductStreamResumes(t *testing.T) {
 	})
 }
 
+// What has happened to a product since its last image became ready its stream tells
+// before it ends.
+func TestProductStreamEndsWithNothingUntold(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	p := create(t, a.store, "https://a.example/1.jpg", "https://a.example/2.jpg")
+	jobs := publishDue(t, a.store)
+	finish(t, a.store, jobs[0], "key")
+	w := &plainWriter{}
+	stream := &productStream{server: a.server, id: p.ID,
+		eventStream: &eventStream{w: w, control: http.NewResponseController(w), ctx: t.Context(), heartbeat: time.NewTicker(time.Hour)}}
+	at, err := stream.read(t.Context())
+	settled(t, err)
+	settled(t, stream.tell(at))
+	finish(t, a.store, jobs[1], "key1")
+	_, err = a.store.UpdateProduct(t.Context(), p.ID, origin{}, always, setSources("https://a.example/2.jpg", "https://a.example/1.jpg"))
+	settled(t, err)
+	l := a.feed.listen(at, func(event) bool { return true })
+	defer l.leave()
+	settled(t, stream.follow(l))
+	var told []string
+	for _, e := range readEvents(w.String()) {
+		told = append(told, e.words())
+	}
+	if want := []string{"image 0/0 ready 0", "image 0/1 ready 0", "image 0/0 ready 0", "image 0/1 ready 0", "done 4"}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
+	}
+}
+
 // A product's stream ends when the product is deleted.
 func TestProductStreamEndsWithTheProduct(t *testing.T) {
 	t.Parallel()
