@@ -665,6 +665,41 @@ func TestDeadLettersOverHTTP(t *testing.T) {
 	a.do(t, "POST", "/dead-letters/99/replay", "").wantProblem(t, 404)
 }
 
+// What has images made anew tells the caches, the workers and whoever keeps the
+// dead-letter queue at once.
+func TestReplaysAreToldOf(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	create(t, a.store, "https://a.example/1.jpg", "https://a.example/2.jpg", "https://a.example/3.jpg", "https://a.example/4.jpg")
+	for n, job := range inOrderOfID(publishDue(t, a.store)) {
+		if n == 3 {
+			finish(t, a.store, job, "key")
+		} else {
+			bury(t, a.store, job, permanent("http_404", "404 Not Found"))
+		}
+	}
+	var told []string
+	a.invalidate = func(id, version int64) { told = append(told, fmt.Sprintf("version %d", version)) }
+	a.wake = func() { told = append(told, "work") }
+	a.replayed = func() { told = append(told, "dead") }
+	for _, step := range []struct {
+		method, path string
+		want         []string
+	}{
+		{"DELETE", "/dead-letters/3", []string{"dead"}},
+		{"POST", "/dead-letters/1/replay", []string{"version 6", "work", "dead"}},
+		{"POST", "/dead-letters/replay", []string{"version 7", "work", "dead"}},
+		{"POST", "/dead-letters/replay", nil},
+		{"POST", "/products/1/images/reprocess", []string{"version 8", "work", "dead"}},
+		{"POST", "/products/1/images/reprocess", nil},
+	} {
+		told = nil
+		if got := a.do(t, step.method, step.path, ""); got.Code > 204 || !slices.Equal(told, step.want) {
+			t.Errorf("%s %s: %d %s, told %v, want %v", step.method, step.path, got.Code, got.Body, told, step.want)
+		}
+	}
+}
+
 // A change whose commit got through though its answer did not is told to the
 // caches all the same. One that was refused is nothing to tell of.
 func TestWritesTellOfCommitsThatTheyDidNotSee(t *testing.T) {
