@@ -711,28 +711,29 @@ func TestWritesTellOfCommitsThatTheyDidNotSee(t *testing.T) {
 		a.invalidate = func(id, version int64) { told = append(told, productVersion{id, version}) }
 		path := fmt.Sprintf("/products/%d", create(t, s).ID)
 		steps := []struct {
-			method, body string
-			header       []string
-			status       int
-			told         []int64
+			method, under, body string
+			header              []string
+			status              int
+			told                []int64
 		}{
-			{"PATCH", `{"product_name": "Boot"}`, []string{"If-Match", `"0"`}, 412, nil},
-			{"DELETE", "", []string{"If-Match", `"0"`}, 412, nil},
-			{"PATCH", `{"product_name": "Boot"}`, nil, 503, []int64{2}},
-			{"PUT", `{"product_name": "Boots", "product_price": 1}`, nil, 503, []int64{3}},
-			{"DELETE", "", nil, 503, []int64{tombstone}},
-			{"DELETE", "", nil, 404, nil},
+			{"PATCH", "", `{"product_name": "Boot"}`, []string{"If-Match", `"0"`}, 412, nil},
+			{"DELETE", "", "", []string{"If-Match", `"0"`}, 412, nil},
+			{"PATCH", "", `{"product_name": "Boot"}`, nil, 503, []int64{2}},
+			{"PUT", "", `{"product_name": "Boots", "product_price": 1}`, nil, 503, []int64{3}},
+			{"POST", "/images/reprocess", "", nil, 503, []int64{3}},
+			{"DELETE", "", "", nil, 503, []int64{tombstone}},
+			{"DELETE", "", "", nil, 404, nil},
 		}
 		for _, step := range steps {
 			told = nil
 			db.lose.Store(step.status == 503)
-			got := a.do(t, step.method, path, step.body, step.header...)
+			got := a.do(t, step.method, path+step.under, step.body, step.header...)
 			var versions []int64
 			for _, v := range told {
 				versions = append(versions, v.Version)
 			}
 			if got.Code != step.status || !slices.Equal(versions, step.told) {
-				t.Errorf("%s: %d %s, told %v, want %d, %v", step.method, got.Code, got.Body, told, step.status, step.told)
+				t.Errorf("%s %s: %d %s, told %v, want %d, %v", step.method, step.under, got.Code, got.Body, told, step.status, step.told)
 			}
 		}
 	})

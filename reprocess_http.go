@@ -19,9 +19,10 @@ func (s *server) reprocessImages(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(w), allow(w, r))
+	var begun bool
+	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(w), noting(&begun, allow(w, r)))
 	if err != nil {
-		return err
+		return s.afterLostWrite(ctx, id, begun, err)
 	}
 	if n > 0 {
 		s.invalidate(id, version)
