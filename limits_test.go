@@ -134,6 +134,18 @@ func TestMetricsHavePlacesOfTheirOwn(t *testing.T) {
 	}
 }
 
+// What holds much memory, and what strangers may ask for, has fewer places.
+func TestFewImportsAndLooksAtOnce(t *testing.T) {
+	t.Parallel()
+	for most, want := range map[int][3]int64{0: {0, 0, 0}, 5: {5, 5, 5}, 1000: {1000, maxBulk, maxWatching}} {
+		var l requestLimits
+		l.set(limitSettings{MaxRequests: most})
+		if got := [3]int64{l.working.most, l.bulk.most, l.watching.most}; got != want {
+			t.Errorf("of %d requests the places are %v, want %v", most, got, want)
+		}
+	}
+}
+
 // However many ask how the parts are, each part is asked once a second.
 func TestReadinessIsFoundOutOnceForAll(t *testing.T) {
 	t.Parallel()
