@@ -174,6 +174,22 @@ func TestReadinessIsFoundOutOnceForAll(t *testing.T) {
 	})
 }
 
+// Without a part that is required the program is unavailable, whatever else is away.
+func TestReadinessIsThatOfTheWorstPart(t *testing.T) {
+	t.Parallel()
+	ok := func(context.Context) error { return nil }
+	away := func(context.Context) error { return errUnavailable }
+	for want, parts := range map[string][]part{
+		"ready":       {{"store", true, ok}, {"queue", false, ok}},
+		"degraded":    {{"cache", false, away}, {"store", true, ok}, {"queue", false, away}},
+		"unavailable": {{"cache", false, away}, {"store", true, away}, {"queue", false, away}},
+	} {
+		if got := (&server{parts: parts}).readiness(); got.Status != want {
+			t.Errorf("%v, want %s", got, want)
+		}
+	}
+}
+
 // Clients that send their bodies slowly take places from each other alone, and
 // so do those that listen to events.
 func TestSlowClientsTakeNoPlaceFromOthers(t *testing.T) {
