@@ -64,6 +64,29 @@ func TestPipelineTellsOfACommitThatItDidNotSee(t *testing.T) {
 	})
 }
 
+// released counts the sources that are no longer held.
+type released struct {
+	sources
+	n int
+}
+
+func (r *released) Release([]byte) { r.n++ }
+
+// The source of an image that fails is let go of at once, and once: others wait for
+// its memory.
+func TestSourceOfAFailedImageIsReleased(t *testing.T) {
+	t.Parallel()
+	let := &released{}
+	p := &pipeline{imageSettings: imageSettings{MaxPixels: 100}, sources: let}
+	w := &work{source: []byte("no image"), log: testLog(t)}
+	for range 2 {
+		w = p.step("admit", t.Context(), p.admit)(w)
+		if w.err == nil || w.source != nil || let.n != 1 {
+			t.Errorf("after %v the source was released %d times, want once", w.err, let.n)
+		}
+	}
+}
+
 // awayBlobs is a storage that is away.
 type awayBlobs struct{}
 
