@@ -87,6 +87,26 @@ func TestSourceOfAFailedImageIsReleased(t *testing.T) {
 	}
 }
 
+// So is what was set aside for the pixels, of an image that cannot be decoded and
+// of one that is done.
+func TestMemoryOfAnImageIsReleased(t *testing.T) {
+	t.Parallel()
+	const memory = 100 << 20
+	photo := jpegPhoto(t, 400, 400)
+	for _, source := range [][]byte{photo[:len(photo)/2], photo} {
+		p := &pipeline{imageSettings: imageSettings{MaxPixels: 1 << 20, MaxSide: 100, Memory: memory, Quality: 80}, memory: semaphore.NewWeighted(memory), log: testLog(t)}
+		w := &work{source: source, log: p.log}
+		settled(t, p.admit(t.Context(), w))
+		err := p.decode(t.Context(), w)
+		if err == nil {
+			err = p.compress(t.Context(), w)
+		}
+		if (err == nil) != (len(source) == len(photo)) || !p.memory.TryAcquire(memory) {
+			t.Errorf("%d bytes of a photo: %v, and %d bytes are held", len(source), err, w.held)
+		}
+	}
+}
+
 // awayBlobs is a storage that is away.
 type awayBlobs struct{}
 
