@@ -221,6 +221,43 @@ func TestTokensAreLookedUpAgain(t *testing.T) {
 		if _, err := look(); !errors.Is(err, errUnavailable) {
 			t.Errorf("revoked, and then with the database away: %v", err)
 		}
+		watch := tokenWatch{look: look}
+		err = watch.renew()
+		begin = time.Now()
+		if <-watch.expired; err != nil || time.Since(begin) != tokenTime {
+			t.Errorf("with the database away a watch looks again after %v, %v", time.Since(begin), err)
+		}
+	})
+}
+
+// The one who asks for all may leave before there is an answer.
+func TestTokenIsLookedUpThoughItsFirstCallerLeaves(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var c tokenCache
+		answer := make(chan struct{})
+		ask := func(ctx context.Context, _ tokenSum) (caller, error) {
+			select {
+			case <-ctx.Done():
+				return caller{}, ctx.Err()
+			case <-answer:
+				return caller{UserID: 7}, nil
+			}
+		}
+		first, leave := context.WithCancel(t.Context())
+		var callers sync.WaitGroup
+		for _, ctx := range []context.Context{first, t.Context()} {
+			callers.Go(func() {
+				if known, err := c.look(ctx, sumOf("x"), ask); err != nil || known.UserID != 7 {
+					t.Errorf("user %d, %v", known.UserID, err)
+				}
+			})
+			synctest.Wait()
+		}
+		leave()
+		synctest.Wait()
+		close(answer)
+		callers.Wait()
 	})
 }
 

@@ -228,6 +228,22 @@ func TestCacheHungRedisOpensTheBreakerBetweenLocalHits(t *testing.T) {
 	}
 }
 
+// A pause of this process makes all operations in hand late at once, which says
+// nothing about Redis.
+func TestCacheBreakerOpensForNoMomentAlone(t *testing.T) {
+	t.Parallel()
+	var conn redisConn
+	now := time.Now()
+	for range 2 * redisFailures {
+		if conn.failedForGood(now, redisTimeout) {
+			t.Fatal("it opened for what failed at one moment")
+		}
+	}
+	if !conn.failedForGood(now.Add(redisTimeout), redisTimeout) {
+		t.Error("it stayed closed for what failed later")
+	}
+}
+
 func TestCacheWithoutRedisAtStart(t *testing.T) {
 	t.Parallel()
 	o := &outage{server: startRedis(t), db: newShelf(1), log: new(strings.Builder)}

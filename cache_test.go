@@ -573,6 +573,41 @@ func TestCacheReadAfterAWriteDoesNotJoinALoadFromBefore(t *testing.T) {
 	})
 }
 
+// Nor does one that knows of a deletion: the load may end with a copy from before.
+func TestCacheReadAfterNotFoundDoesNotJoinALoadFromBefore(t *testing.T) {
+	t.Parallel()
+	db := newGate()
+	c := startCache(t, db, newMemoryCache(cacheTTL, cacheSize))
+	before := readAsync(t.Context(), c, 1)
+	old := <-db.asked
+	c.floors.see(1, absent)
+	after := readAsync(t.Context(), c, 1)
+	recent := <-db.asked // a load of its own
+	recent <- documentOf(1, 2)
+	old <- documentOf(1, 2)
+	for _, read := range []<-chan outcome{before, after} {
+		if got := <-read; got.err != nil || got.doc.Version != 2 {
+			t.Errorf("got version %d, error %v", got.doc.Version, got.err)
+		}
+	}
+}
+
+// What a load has read that took too long may be older than any marker that is left.
+func TestCacheKeepsNothingOfALoadThatTookTooLong(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		backend := newMemoryCache(cacheTTL, cacheSize)
+		c := newCache(readerFunc(func(_ context.Context, id int64) (document, error) {
+			time.Sleep(loadTimeout + 1) // the bubble's clock
+			return documentOf(id, 1), nil
+		}), backend, cacheTTL, quiet)
+		mustRead(t, c, 1)
+		if entry, _ := backend.Get(1); entry.version != 0 {
+			t.Errorf("version %d was kept", entry.version)
+		}
+	})
+}
+
 func TestCacheFilledByAnOldLoadAfterItLostItsMemory(t *testing.T) {
 	t.Parallel()
 	shown := map[string]func(backend *memoryCache){
@@ -731,6 +766,12 @@ func TestCacheFloors(t *testing.T) {
 		if got := f.get(1); got != step.want {
 			t.Fatalf("%s: floor is %d, want %d", step.name, got, step.want)
 		}
+	}
+	for id := range int64(maxSeen) {
+		f.see(id, absent)
+	}
+	if f.see(maxSeen, 3); f.get(maxSeen) != 3 {
+		t.Error("products that were not found leave no room for one that was")
 	}
 	for id := range int64(maxUnsent) {
 		f.write(id, 1)

@@ -293,9 +293,14 @@ func TestStreamSaysThatEventsWereMissed(t *testing.T) {
 			wantEvents(t, again, "reset")
 			again.close(t)
 		}
+		path := fmt.Sprintf("/products/%d/events", p.ID)
+		product := listen(t, urls[1]+path, "").placed(t)
+		if product.close(t); product.lastID == (place{}).String() {
+			t.Error("a product whose events are forgotten has the place before everything")
+		}
 		job := publishDue(t, s)[0]
 		finish(t, s, job, "key")
-		product := listen(t, fmt.Sprintf("%s/products/%d/events", urls[1], p.ID), "nonsense")
+		product = listen(t, urls[1]+path, "nonsense")
 		wantEvents(t, product, "reset", "image 0/0 ready 0", "done 2")
 		product.close(t)
 	})
@@ -331,6 +336,16 @@ func TestProductStreamResumes(t *testing.T) {
 		wantEvents(t, anew, "image 0/0 ready 0", "image 0/1 ready 0", "image 0/2 pending 1")
 		anew.placed(t).close(t)
 
+		for n := range resumeMost { // more than are told one by one
+			f := failure{imageError: transient("http_503", "503"), Attempt: n + 2, RetryAt: s.now()}
+			if _, err := s.SettleFailed(t.Context(), jobs[2], f); err != nil {
+				t.Fatal(err)
+			}
+		}
+		most := listen(t, urls[1]+path, second.lastID)
+		wantEvents(t, most, "image 0/0 ready 0", "image 0/1 ready 0", fmt.Sprintf("image 0/2 pending %d", resumeMost+1))
+		most.placed(t).close(t)
+
 		change := setSources("https://a.example/4.jpg", "https://a.example/1.jpg")
 		if _, err := s.UpdateProduct(t.Context(), p.ID, origin{}, always, change); err != nil {
 			t.Fatal(err)
@@ -340,9 +355,38 @@ func TestProductStreamResumes(t *testing.T) {
 		if _, err := s.UpdateProduct(t.Context(), p.ID, origin{}, always, setSources("https://a.example/1.jpg")); err != nil {
 			t.Fatal(err)
 		}
-		wantEvents(t, third, "image 0/0 ready 0", "done 6")
+		wantEvents(t, third, "image 0/0 ready 0", fmt.Sprintf("done %d", resumeMost+6))
 		third.close(t)
 	})
+}
+
+// What has happened to a product since its last image became ready its stream tells
+// before it ends.
+func TestProductStreamEndsWithNothingUntold(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	p := create(t, a.store, "https://a.example/1.jpg", "https://a.example/2.jpg")
+	jobs := publishDue(t, a.store)
+	finish(t, a.store, jobs[0], "key")
+	w := &plainWriter{}
+	stream := &productStream{server: a.server, id: p.ID,
+		eventStream: &eventStream{w: w, control: http.NewResponseController(w), ctx: t.Context(), heartbeat: time.NewTicker(time.Hour)}}
+	at, err := stream.read(t.Context())
+	settled(t, err)
+	settled(t, stream.tell(at))
+	finish(t, a.store, jobs[1], "key1")
+	_, err = a.store.UpdateProduct(t.Context(), p.ID, origin{}, always, setSources("https://a.example/2.jpg", "https://a.example/1.jpg"))
+	settled(t, err)
+	l := a.feed.listen(at, func(event) bool { return true })
+	defer l.leave()
+	settled(t, stream.follow(l))
+	var told []string
+	for _, e := range readEvents(w.String()) {
+		told = append(told, e.words())
+	}
+	if want := []string{"image 0/0 ready 0", "image 0/1 ready 0", "image 0/0 ready 0", "image 0/1 ready 0", "done 4"}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
+	}
 }
 
 // A product's stream ends when the product is deleted.
@@ -399,6 +443,36 @@ func TestStreamTellsWhatWorkersDo(t *testing.T) {
 	})
 }
 
+// manyProducts stores products at once.
+func manyProducts(t *testing.T, s *store, n int) {
+	t.Helper()
+	_, err := s.Exec(t.Context(), fmt.Sprintf(`
+		WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < %d)
+		INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at)
+		SELECT 1, '', '', '', 0, $1, $1 FROM n`, n), s.now())
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A client that reads what it has missed is told how far it is, though nothing of
+// that is for it, and its token is looked at.
+func TestStreamThatCatchesUpKeepsItsPlaceAndToken(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	manyProducts(t, a.store, feedPage+1)
+	expired := make(chan time.Time)
+	close(expired)
+	w := &plainWriter{}
+	stream := &eventStream{w: w, control: http.NewResponseController(w), ctx: t.Context(), token: tokenWatch{
+		expired: expired, look: func() (knownCaller, error) { return knownCaller{}, errNotFound },
+	}}
+	at, err := stream.catchUp(a.server, place{}, func(event) bool { return false })
+	if err != errBadToken || at.ID != feedPage || w.String() != ":\nid: "+at.String()+"\n\n" {
+		t.Errorf("at %v, %v: %q", at, err, w)
+	}
+}
+
 // A client that does not read holds up nobody and holds no memory: what it has
 // not taken is read for it from the log later, all and in order.
 func TestSlowStreamReadsTheLogByItself(t *testing.T) {
@@ -413,16 +487,7 @@ func TestSlowStreamReadsTheLogByItself(t *testing.T) {
 	}
 	quick := a.feed.listen(place{}, func(event) bool { return true })
 	defer quick.leave()
-	err := a.store.InTx(t.Context(), func(tx querier) error {
-		_, err := tx.Exec(t.Context(), fmt.Sprintf(`
-			WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < %d)
-			INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at)
-			SELECT 1, '', '', '', 0, '2026-01-01', '2026-01-01' FROM n`, more))
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	manyProducts(t, a.store, more)
 	for n := range int64(more) {
 		if e := <-quick.events; e.ProductID != n+1 {
 			t.Fatalf("the quick reader's event %d is of product %d", n, e.ProductID)

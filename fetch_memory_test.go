@@ -67,6 +67,31 @@ func TestFetchHoldsNoMoreMemoryThanItMay(t *testing.T) {
 	}
 }
 
+// What was held of a body that comes to nothing is there for others.
+func TestFetchHoldsNothingOfWhatFailed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const size = 8 << 20
+		f := pipedFetcher(t, fetchLimits{MaxBytes: size, Timeout: testLimits.Timeout}, func(w http.ResponseWriter, r *http.Request) {
+			w.Write(make([]byte, size))
+			if r.Host == "large.test" {
+				w.Write([]byte("x"))
+			} else {
+				w.(http.Flusher).Flush()
+				panic(http.ErrAbortHandler)
+			}
+		})
+		for host, code := range map[string]string{"large.test": "too_large", "broken.test": "truncated"} {
+			_, err := f.Fetch(t.Context(), "http://"+host)
+			wantFailure(t, nil, err, code, code == "too_large")
+			if !f.room.TryAcquire(size) {
+				t.Fatalf("%s: memory is held", code)
+			}
+			f.room.Release(size)
+		}
+	})
+}
+
 // A host that promises much and sends little takes the room of nobody.
 func TestFetchCountsWhatHasArrived(t *testing.T) {
 	t.Parallel()

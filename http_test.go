@@ -432,6 +432,7 @@ func TestListRefuses(t *testing.T) {
 	a := newAPI(t)
 	other := cursorAfter(Product{ID: 1, Price: 5}, "product_price").String()
 	early := cursorAfter(Product{ID: 1, CreatedAt: time.Date(0, 12, 31, 0, 0, 0, 0, time.UTC)}, "created_at").String()
+	nul := cursorAfter(Product{ID: 1, Name: "\x00"}, "product_name").String()
 	late := cursorAfter(Product{ID: 1, CreatedAt: time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)}, "-created_at").String()
 	for query, fields := range map[string][]string{
 		"user_id=x": {"user_id"}, "user_id=0": {"user_id"}, "user_id=": {"user_id"},
@@ -441,7 +442,8 @@ func TestListRefuses(t *testing.T) {
 		"name=%00": {"name"}, "name=%ff": {"name"},
 		"cursor=x": {"cursor"}, "cursor=" + other: {"cursor"}, "cursor=": {"cursor"}, "cursor=bnVsbA": {"cursor"},
 		"sort=created_at&cursor=" + early: {"cursor"}, "sort=-created_at&cursor=" + late: {"cursor"},
-		"limit=0&sort=x&user_id=y": {"user_id", "limit", "sort"},
+		"sort=product_name&cursor=" + nul: {"cursor"},
+		"limit=0&sort=x&user_id=y":        {"user_id", "limit", "sort"},
 	} {
 		t.Run(query, func(t *testing.T) { a.do(t, "GET", "/products?"+query, "").wantProblem(t, 422, fields...) })
 	}
@@ -673,6 +675,41 @@ func TestDeadLettersOverHTTP(t *testing.T) {
 	a.do(t, "POST", "/dead-letters/99/replay", "").wantProblem(t, 404)
 }
 
+// What has images made anew tells the caches, the workers and whoever keeps the
+// dead-letter queue at once.
+func TestReplaysAreToldOf(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	create(t, a.store, "https://a.example/1.jpg", "https://a.example/2.jpg", "https://a.example/3.jpg", "https://a.example/4.jpg")
+	for n, job := range inOrderOfID(publishDue(t, a.store)) {
+		if n == 3 {
+			finish(t, a.store, job, "key")
+		} else {
+			bury(t, a.store, job, permanent("http_404", "404 Not Found"))
+		}
+	}
+	var told []string
+	a.invalidate = func(id, version int64) { told = append(told, fmt.Sprintf("version %d", version)) }
+	a.wake = func() { told = append(told, "work") }
+	a.replayed = func() { told = append(told, "dead") }
+	for _, step := range []struct {
+		method, path string
+		want         []string
+	}{
+		{"DELETE", "/dead-letters/3", []string{"dead"}},
+		{"POST", "/dead-letters/1/replay", []string{"version 6", "work", "dead"}},
+		{"POST", "/dead-letters/replay", []string{"version 7", "work", "dead"}},
+		{"POST", "/dead-letters/replay", nil},
+		{"POST", "/products/1/images/reprocess", []string{"version 8", "work", "dead"}},
+		{"POST", "/products/1/images/reprocess", nil},
+	} {
+		told = nil
+		if got := a.do(t, step.method, step.path, ""); got.Code > 204 || !slices.Equal(told, step.want) {
+			t.Errorf("%s %s: %d %s, told %v, want %v", step.method, step.path, got.Code, got.Body, told, step.want)
+		}
+	}
+}
+
 // A change whose commit got through though its answer did not is told to the
 // caches all the same. One that was refused is nothing to tell of.
 func TestWritesTellOfCommitsThatTheyDidNotSee(t *testing.T) {
@@ -684,28 +721,29 @@ func TestWritesTellOfCommitsThatTheyDidNotSee(t *testing.T) {
 		a.invalidate = func(id, version int64) { told = append(told, productVersion{id, version}) }
 		path := fmt.Sprintf("/products/%d", create(t, s).ID)
 		steps := []struct {
-			method, body string
-			header       []string
-			status       int
-			told         []int64
+			method, under, body string
+			header              []string
+			status              int
+			told                []int64
 		}{
-			{"PATCH", `{"product_name": "Boot"}`, []string{"If-Match", `"0"`}, 412, nil},
-			{"DELETE", "", []string{"If-Match", `"0"`}, 412, nil},
-			{"PATCH", `{"product_name": "Boot"}`, nil, 503, []int64{2}},
-			{"PUT", `{"product_name": "Boots", "product_price": 1}`, nil, 503, []int64{3}},
-			{"DELETE", "", nil, 503, []int64{tombstone}},
-			{"DELETE", "", nil, 404, nil},
+			{"PATCH", "", `{"product_name": "Boot"}`, []string{"If-Match", `"0"`}, 412, nil},
+			{"DELETE", "", "", []string{"If-Match", `"0"`}, 412, nil},
+			{"PATCH", "", `{"product_name": "Boot"}`, nil, 503, []int64{2}},
+			{"PUT", "", `{"product_name": "Boots", "product_price": 1}`, nil, 503, []int64{3}},
+			{"POST", "/images/reprocess", "", nil, 503, []int64{3}},
+			{"DELETE", "", "", nil, 503, []int64{tombstone}},
+			{"DELETE", "", "", nil, 404, nil},
 		}
 		for _, step := range steps {
 			told = nil
 			db.lose.Store(step.status == 503)
-			got := a.do(t, step.method, path, step.body, step.header...)
+			got := a.do(t, step.method, path+step.under, step.body, step.header...)
 			var versions []int64
 			for _, v := range told {
 				versions = append(versions, v.Version)
 			}
 			if got.Code != step.status || !slices.Equal(versions, step.told) {
-				t.Errorf("%s: %d %s, told %v, want %d, %v", step.method, got.Code, got.Body, told, step.status, step.told)
+				t.Errorf("%s %s: %d %s, told %v, want %d, %v", step.method, step.under, got.Code, got.Body, told, step.status, step.told)
 			}
 		}
 	})

@@ -311,6 +311,7 @@ func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
 		if jobs := publishDue(t, s); len(jobs) != 1 {
 			t.Fatalf("not due at its time: %v", jobs)
 		}
+		settled(t, s.PutOff(t.Context(), job.ID))
 		if _, err := s.SettleFailed(t.Context(), job, failure{imageError: why, Attempt: 2}); err != nil {
 			t.Fatal(err)
 		}
@@ -334,6 +335,10 @@ func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
 		}
 		if image, err := s.PendingImage(t.Context(), job.ID); err != nil || image.Attempts != 0 || image.ErrorCode != "" {
 			t.Errorf("after the replay: %+v, %v", image, err)
+		}
+		var putOff int
+		if err := queryRow(t.Context(), s, []any{&putOff}, `SELECT put_off FROM images WHERE id = $1`, job.ID); err != nil || putOff != 0 {
+			t.Errorf("after the replay it has been put off %d times, %v", putOff, err)
 		}
 	})
 }

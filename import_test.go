@@ -290,6 +290,9 @@ func TestStalledImportIsCut(t *testing.T) {
 	if _, err := live.Body.Read(make([]byte, 1)); err != io.EOF {
 		t.Errorf("behind the end: %v", err)
 	}
+	if !live.Close {
+		t.Error("the connection, on which the rest of the body may come, is kept for another request")
+	}
 }
 
 func TestImportWithoutAnyRowInTimeIsRefused(t *testing.T) {

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"io"
 	"log/slog"
@@ -132,6 +134,18 @@ func TestMetricsHavePlacesOfTheirOwn(t *testing.T) {
 	}
 }
 
+// What holds much memory, and what strangers may ask for, has fewer places.
+func TestFewImportsAndLooksAtOnce(t *testing.T) {
+	t.Parallel()
+	for most, want := range map[int][3]int64{0: {0, 0, 0}, 5: {5, 5, 5}, 1000: {1000, maxBulk, maxWatching}} {
+		var l requestLimits
+		l.set(limitSettings{MaxRequests: most})
+		if got := [3]int64{l.working.most, l.bulk.most, l.watching.most}; got != want {
+			t.Errorf("of %d requests the places are %v, want %v", most, got, want)
+		}
+	}
+}
+
 // However many ask how the parts are, each part is asked once a second.
 func TestReadinessIsFoundOutOnceForAll(t *testing.T) {
 	t.Parallel()
@@ -158,6 +172,22 @@ func TestReadinessIsFoundOutOnceForAll(t *testing.T) {
 			time.Sleep(checkupTime + 1) // the bubble's clock
 		}
 	})
+}
+
+// Without a part that is required the program is unavailable, whatever else is away.
+func TestReadinessIsThatOfTheWorstPart(t *testing.T) {
+	t.Parallel()
+	ok := func(context.Context) error { return nil }
+	away := func(context.Context) error { return errUnavailable }
+	for want, parts := range map[string][]part{
+		"ready":       {{"store", true, ok}, {"queue", false, ok}},
+		"degraded":    {{"cache", false, away}, {"store", true, ok}, {"queue", false, away}},
+		"unavailable": {{"cache", false, away}, {"store", true, away}, {"queue", false, away}},
+	} {
+		if got := (&server{parts: parts}).readiness(); got.Status != want {
+			t.Errorf("%v, want %s", got, want)
+		}
+	}
 }
 
 // Clients that send their bodies slowly take places from each other alone, and
@@ -286,6 +316,56 @@ func TestAnswersThatNobodyReadsEnd(t *testing.T) {
 		io.WriteString(client, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 		if d := <-took; d != time.Minute {
 			t.Errorf("the answer was given up after %v, want a minute", d)
+		}
+	})
+}
+
+// A stream and an export last for as long as their clients take them, however
+// slowly; a client that takes nothing loses its stream.
+func TestAnswersThatAreReadGoOn(t *testing.T) {
+	t.Parallel()
+	if _, err := migratedFile(); err != nil { // outside the bubbles, which share it
+		t.Fatal(err)
+	}
+	inBubble := func(name, path string, test func(t *testing.T, a *api, client net.Conn)) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				a := newAPI(t)
+				manyProducts(t, a.store, 2000)
+				client, end := servePipe(a.handler.ServeHTTP)
+				defer end()
+				io.WriteString(client, "GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n")
+				test(t, a, client)
+			})
+		})
+	}
+	slowly := func(client net.Conn) (n int, took time.Duration, err error) {
+		start := time.Now()
+		response, err := http.ReadResponse(bufio.NewReader(client), nil)
+		for part := make([]byte, 8<<10); err == nil && time.Since(start) < 2*writeTimeout; time.Sleep(2 * time.Second) { // the bubble's clock
+			var some int
+			some, err = response.Body.Read(part)
+			n += bytes.Count(part[:some], []byte("\n"))
+		}
+		return n, time.Since(start), err
+	}
+	inBubble("stream", "/events", func(t *testing.T, _ *api, client net.Conn) {
+		if _, took, err := slowly(client); err != nil {
+			t.Errorf("it ended after %v: %v", took, err)
+		}
+	})
+	inBubble("export", "/products/export", func(t *testing.T, _ *api, client net.Conn) {
+		if n, took, err := slowly(client); err != io.EOF || n != 2000 || took < readTimeout {
+			t.Errorf("it ended after %v and %d rows: %v", took, n, err)
+		}
+	})
+	inBubble("stream that is not read", "/events", func(t *testing.T, a *api, client net.Conn) {
+		io.ReadFull(client, make([]byte, 1))
+		time.Sleep(eventsHeartbeat + eventsWriteTimeout + 1)
+		synctest.Wait()
+		if n := a.limits.streaming.taken.Load(); n != 0 {
+			t.Errorf("it has %d places", n)
 		}
 	})
 }

@@ -85,6 +85,17 @@ func TestLatencyQuantiles(t *testing.T) {
 	}
 }
 
+func TestSampleShowsTheUsualAndTheSlow(t *testing.T) {
+	t.Parallel()
+	var seen traffic
+	for _, d := range append(repeat(time.Millisecond, 98), time.Second, time.Second) {
+		seen.count(http.StatusOK, d)
+	}
+	if got := (monitorSample{counts: seen.counts()}).json().HTTP; got.P50 > .001 || got.P99 < .5 {
+		t.Errorf("usually %v s, slowly %v s", got.P50, got.P99)
+	}
+}
+
 func repeat(d time.Duration, n int) []time.Duration {
 	all := make([]time.Duration, n)
 	for i := range all {

@@ -62,6 +62,49 @@ func TestPipelineTellsOfACommitThatItDidNotSee(t *testing.T) {
 	})
 }
 
+// released counts the sources that are no longer held.
+type released struct {
+	sources
+	n int
+}
+
+func (r *released) Release([]byte) { r.n++ }
+
+// The source of an image that fails is let go of at once, and once: others wait for
+// its memory.
+func TestSourceOfAFailedImageIsReleased(t *testing.T) {
+	t.Parallel()
+	let := &released{}
+	p := &pipeline{imageSettings: imageSettings{MaxPixels: 100}, sources: let}
+	w := &work{source: []byte("no image"), log: testLog(t)}
+	for range 2 {
+		w = p.step("admit", t.Context(), p.admit)(w)
+		if w.err == nil || w.source != nil || let.n != 1 {
+			t.Errorf("after %v the source was released %d times, want once", w.err, let.n)
+		}
+	}
+}
+
+// So is what was set aside for the pixels, of an image that cannot be decoded and
+// of one that is done.
+func TestMemoryOfAnImageIsReleased(t *testing.T) {
+	t.Parallel()
+	const memory = 100 << 20
+	photo := jpegPhoto(t, 400, 400)
+	for _, source := range [][]byte{photo[:len(photo)/2], photo} {
+		p := &pipeline{imageSettings: imageSettings{MaxPixels: 1 << 20, MaxSide: 100, Memory: memory, Quality: 80}, memory: semaphore.NewWeighted(memory), log: testLog(t)}
+		w := &work{source: source, log: p.log}
+		settled(t, p.admit(t.Context(), w))
+		err := p.decode(t.Context(), w)
+		if err == nil {
+			err = p.compress(t.Context(), w)
+		}
+		if (err == nil) != (len(source) == len(photo)) || !p.memory.TryAcquire(memory) {
+			t.Errorf("%d bytes of a photo: %v, and %d bytes are held", len(source), err, w.held)
+		}
+	}
+}
+
 // awayBlobs is a storage that is away.
 type awayBlobs struct{}
 

@@ -298,6 +298,11 @@ func TestLoneStartsAreCountedInARow(t *testing.T) {
 			_, _, err := s.ReplayDead(t.Context(), []int64{job.ID})
 			settled(t, err)
 		},
+		"ready and made again": func(t *testing.T, s *store, job Job) {
+			finish(t, s, job, fmt.Sprint(job.ID))
+			_, _, err := s.Reprocess(t.Context(), []int64{job.ID})
+			settled(t, err)
+		},
 	}
 	eachStore(t, func(t *testing.T, s *store) {
 		for name, happen := range outcomes {

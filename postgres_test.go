@@ -6,6 +6,8 @@ import (
 	"runtime"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // A server that falls silent keeps nobody for ever who has set no deadline, nor
@@ -53,5 +55,34 @@ func TestPostgresPoolSize(t *testing.T) {
 			t.Errorf("%q: %d connections, want %d", query, got, want)
 		}
 		db.Close()
+	}
+}
+
+// What PostgreSQL refuses for a reason that passes is an outage; an error in our SQL
+// is none.
+func TestPostgresErrorsThatPass(t *testing.T) {
+	t.Parallel()
+	for code, want := range map[string]error{
+		"08006": errUnavailable, // connection_failure
+		"25P03": errUnavailable, // idle_in_transaction_session_timeout
+		"28P01": errUnavailable, // invalid_password
+		"3D000": errUnavailable, // invalid_catalog_name
+		"40P01": errUnavailable, // deadlock_detected
+		"42P01": errUnavailable, // undefined_table: nobody has migrated yet
+		"53300": errUnavailable, // too_many_connections
+		"55P03": errUnavailable, // lock_not_available
+		"57P01": errUnavailable, // admin_shutdown
+		"58030": errUnavailable, // io_error
+		"23503": errUnknownUser, // foreign_key_violation
+		"22021": nil,            // character_not_in_repertoire
+		"23505": nil,            // unique_violation
+		"42601": nil,            // syntax_error
+	} {
+		err := pgError(&pgconn.PgError{Code: code})
+		for _, kind := range []error{errUnavailable, errUnknownUser} {
+			if errors.Is(err, kind) != (kind == want) {
+				t.Errorf("%s: %v, want %v", code, err, want)
+			}
+		}
 	}
 }

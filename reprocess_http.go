@@ -13,9 +13,10 @@ type reprocessedJSON struct {
 // reprocessImages has the images of a product made again. Those that are in work
 // are left alone, so pressing twice does no harm.
 func (s *server) reprocessImages(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
-	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(w), allow(w, r))
+	var begun bool
+	n, version, err := s.store.ReprocessProduct(ctx, id, originOf(w), noting(&begun, allow(w, r)))
 	if err != nil {
-		return err
+		return s.afterLostWrite(ctx, id, begun, err)
 	}
 	if n > 0 {
 		s.invalidate(id, version)

@@ -361,6 +361,41 @@ func TestDeliveriesAreMadeOnce(t *testing.T) {
 	})
 }
 
+// A webhook that is back is given what it has missed, by and by; the others, which
+// have had it, are not given it again.
+func TestWebhookThatIsBackCatchesUp(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		ahead, gone := hookOn(t, s, "http://a.example"), hookOn(t, s, "http://b.example")
+		create(t, s)
+		makeDeliveries(t, s, gone, 1)
+		_, claimed, err := s.ClaimDeliveries(t.Context(), gone.ID, 1, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SettleUndelivered(t.Context(), gone.ID, claimed[0], failure{imageError: permanent("http_410", "410")}, true); err != nil {
+			t.Fatal(err)
+		}
+		create(t, s)
+		create(t, s)
+		makeDeliveries(t, s, ahead, 3)
+		if n, err := s.ReplayDeliveries(t.Context(), gone.ID); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+		for more := true; more && err == nil; {
+			more, err = s.MakeDeliveries(t.Context(), 1, func(e event) []byte { return []byte(e.What) })
+		}
+		for _, hook := range []webhook{ahead, gone} {
+			if shown, err := s.Webhook(t.Context(), hook.ID); err != nil || shown.Waiting != 3 {
+				t.Errorf("%d deliveries wait for webhook %d, want 3: %v", shown.Waiting, hook.ID, err)
+			}
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A claim is a lease: what its process did not settle is due again, and then the
 // first process has no say in it.
 func TestDeliveryIsClaimedForATime(t *testing.T) {
@@ -506,6 +541,33 @@ func TestDeliveryOutlivesTheDatabase(t *testing.T) {
 	if shown, err := s.Webhook(t.Context(), hook.ID); err != nil || shown.Waiting+shown.Failed != 0 || shown.LastCode != "" || len(hooks.all()) != 1 {
 		t.Errorf("%+v, %v; %d requests", shown, err, len(hooks.all()))
 	}
+}
+
+// What is being sent when the program ends is given back, with no attempt counted,
+// for after a pause: what kept it from being sent may last.
+func TestDeliveryIsGivenBackAtTheEnd(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		ctx, end := context.WithCancel(t.Context())
+		hooks := newReceiver(t, func(int, received, http.ResponseWriter) { end(); <-t.Context().Done() })
+		hook := hookOn(t, s, hooks.URL)
+		d := newDeliverer(s, encoder{}, fetchLimits{AllowPrivate: true}, imageSettings{RetryAttempts: 6, RetryBase: time.Millisecond}, slog.New(slog.DiscardHandler))
+		create(t, s)
+		makeDeliveries(t, s, hook, 1)
+		now := s.now()
+		s.now = func() time.Time { return now }
+		d.lane(ctx, hook.ID)
+		if shown, err := s.Webhook(t.Context(), hook.ID); err != nil || shown.LastAt != nil || shown.Waiting != 1 || len(hooks.all()) != 1 {
+			t.Errorf("%+v, %v; %d requests", shown, err, len(hooks.all()))
+		}
+		if due, err := s.DueWebhooks(t.Context()); err != nil || len(due) != 0 {
+			t.Errorf("due at once are %v, %v", due, err)
+		}
+		advance(s, refusedDelay)
+		if _, claimed, err := s.ClaimDeliveries(t.Context(), hook.ID, 1, 1); err != nil || len(claimed) != 1 || claimed[0].Attempts != 0 {
+			t.Errorf("due again are %+v, %v", claimed, err)
+		}
+	})
 }
 
 // The answer's status is all that counts: a redirect is a failure and is not
