@@ -42,7 +42,7 @@ func TestPipelineTellsOfACommitThatItDidNotSee(t *testing.T) {
 			reserve(t, s, job, "key")
 			var told []productVersion
 			p := &pipeline{
-				imageSettings: imageSettings{RetryAttempts: 2},
+				imageSettings: imageSettings{RetryAttempts: 2, RetryBase: maxRetryDelay},
 				store:         newStore(db),
 				invalidate:    func(id, version int64) { told = append(told, productVersion{id, version}) },
 				log:           testLog(t),

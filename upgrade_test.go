@@ -57,7 +57,9 @@ func eachDatabase(t *testing.T, test func(t *testing.T, env map[string]string)) 
 func TestOldProgramIsRefusedByANewerSchema(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, env map[string]string) {
-		start(t, env).post(t)
+		first := start(t, env)
+		first.post(t)
+		settled(t, first.stop())
 		alter(t, env, newerSchema)
 		for _, args := range [][]string{{"serve"}, {"dead", "list"}, {"user", "add", "-name", "x", "-email", "x@example.com"}} {
 			ctx, cancel := context.WithTimeout(t.Context(), settleTime)
