@@ -138,14 +138,14 @@ type productVersion struct{ ID, Version int64 }
 
 // ReplayDead queues those of the images anew that are dead letters, with all
 // their attempts before them. It answers how many they were, and the new versions
-// of their products. Of two that replay an image at once, one finds it a dead letter.
+// of their products, these also with an error: see versionsNow. Of two that replay
+// an image at once, one finds it a dead letter.
 func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, changed []productVersion, err error) {
 	replayed, changed, err = s.queueAnew(ctx, ids, selectDeadProducts, replayDead)
-	if err != nil {
-		return 0, nil, fmt.Errorf("replay %d dead letters: %w", len(ids), err)
+	if err == nil {
+		point("replayed")
 	}
-	point("replayed")
-	return replayed, changed, nil
+	return replayed, changed, wrap(fmt.Sprintf("replay %d dead letters", len(ids)), err)
 }
 
 // queueAnew runs update, which queues those of the images anew that meet its
@@ -166,11 +166,32 @@ func (s *store) queueAnew(ctx context.Context, ids []int64, owners, update strin
 			return err
 		}
 		queued = len(updated)
-		r, err := tx.Query(ctx, raiseVersions, updated, now)
-		changed, err = collect(r, err, func(r rows) (v productVersion, err error) { err = r.Scan(&v.ID, &v.Version); return v, err })
+		changed, err = queryVersions(ctx, tx, raiseVersions, updated, now)
 		return err
 	})
+	if err != nil && len(changed) > 0 {
+		return 0, s.versionsNow(ctx, changed), err
+	}
 	return queued, changed, err
+}
+
+// versionsNow are the versions that some products have after a write of them that
+// failed: perhaps it was committed and only the answer was lost, and nobody else
+// would tell. While the database is away nothing is known.
+func (s *store) versionsNow(ctx context.Context, products []productVersion) []productVersion {
+	ids := make([]int64, len(products))
+	for n, product := range products {
+		ids[n] = product.ID
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lostWriteTime)
+	defer cancel()
+	now, _ := queryVersions(ctx, s, `SELECT id, version FROM products WHERE id = ANY($1)`, ids)
+	return now
+}
+
+func queryVersions(ctx context.Context, q querier, sql string, args ...any) ([]productVersion, error) {
+	r, err := q.Query(ctx, sql, args...)
+	return collect(r, err, func(r rows) (v productVersion, err error) { err = r.Scan(&v.ID, &v.Version); return v, err })
 }
 
 // queryIDs runs SQL whose result is a column of ids.

@@ -719,25 +719,34 @@ func TestWritesTellOfCommitsThatTheyDidNotSee(t *testing.T) {
 		a := newAPIOn(t, newStore(db))
 		var told []productVersion
 		a.invalidate = func(id, version int64) { told = append(told, productVersion{id, version}) }
-		path := fmt.Sprintf("/products/%d", create(t, s).ID)
+		path := fmt.Sprintf("/products/%d", create(t, s, "a").ID)
+		job := publishDue(t, s)[0]
+		bury(t, s, job, permanent("http_404", "404 Not Found")) // which makes version 2
 		steps := []struct {
 			method, under, body string
 			header              []string
 			status              int
 			told                []int64
 		}{
+			{"POST", fmt.Sprintf("/dead-letters/%d/replay", job.ID), "", nil, 503, []int64{2}}, // this one is undone
 			{"PATCH", "", `{"product_name": "Boot"}`, []string{"If-Match", `"0"`}, 412, nil},
 			{"DELETE", "", "", []string{"If-Match", `"0"`}, 412, nil},
-			{"PATCH", "", `{"product_name": "Boot"}`, nil, 503, []int64{2}},
-			{"PUT", "", `{"product_name": "Boots", "product_price": 1}`, nil, 503, []int64{3}},
-			{"POST", "/images/reprocess", "", nil, 503, []int64{3}},
+			{"POST", fmt.Sprintf("/dead-letters/%d/replay", job.ID), "", nil, 503, []int64{3}},
+			{"PATCH", "", `{"product_name": "Boot"}`, nil, 503, []int64{4}},
+			{"PUT", "", `{"product_name": "Boots", "product_price": 1}`, nil, 503, []int64{5}},
+			{"POST", "/images/reprocess", "", nil, 503, []int64{5}},
 			{"DELETE", "", "", nil, 503, []int64{tombstone}},
 			{"DELETE", "", "", nil, 404, nil},
 		}
-		for _, step := range steps {
+		for n, step := range steps {
 			told = nil
-			db.lose.Store(step.status == 503)
-			got := a.do(t, step.method, path+step.under, step.body, step.header...)
+			db.undo.Store(n == 0)
+			db.lose.Store(n > 0 && step.status == 503)
+			to := path + step.under
+			if strings.HasPrefix(step.under, "/dead-letters") {
+				to = step.under
+			}
+			got := a.do(t, step.method, to, step.body, step.header...)
 			var versions []int64
 			for _, v := range told {
 				versions = append(versions, v.Version)

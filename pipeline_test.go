@@ -11,14 +11,21 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// lossyDB commits a transaction and then loses the connection, once lose is set.
+// lossyDB loses the connection: once lose is set, when it has committed a
+// transaction, and once undo is set, before it commits one.
 type lossyDB struct {
 	database
-	lose atomic.Bool
+	lose, undo atomic.Bool
 }
 
 func (d *lossyDB) InTx(ctx context.Context, do func(querier) error) error {
-	err := d.database.InTx(ctx, do)
+	err := d.database.InTx(ctx, func(tx querier) error {
+		err := do(tx)
+		if err == nil && d.undo.CompareAndSwap(true, false) {
+			return errUnavailable
+		}
+		return err
+	})
 	if err == nil && d.lose.CompareAndSwap(true, false) {
 		return errUnavailable
 	}

@@ -57,13 +57,11 @@ WHERE product_id = $1 AND ` + isMade
 )
 
 // Reprocess queues those of the images anew that have been made and are not in
-// work. It answers how many they were, and the new versions of their products.
+// work. It answers how many they were, and the new versions of their products, these
+// also with an error: see versionsNow.
 func (s *store) Reprocess(ctx context.Context, ids []int64) (queued int, changed []productVersion, err error) {
 	queued, changed, err = s.queueAnew(ctx, ids, selectMadeProducts, reprocessMade)
-	if err != nil {
-		return 0, nil, fmt.Errorf("reprocess %d images: %w", len(ids), err)
-	}
-	return queued, changed, nil
+	return queued, changed, wrap(fmt.Sprintf("reprocess %d images", len(ids)), err)
 }
 
 // ReprocessProduct is Reprocess for all images of a product. If there are none

@@ -59,7 +59,9 @@ func TestOldProgramIsRefusedByANewerSchema(t *testing.T) {
 	eachDatabase(t, func(t *testing.T, env map[string]string) {
 		first := start(t, env)
 		first.post(t)
-		settled(t, first.stop())
+		if err := first.stop(); err != nil {
+			t.Fatal(err)
+		}
 		alter(t, env, newerSchema)
 		for _, args := range [][]string{{"serve"}, {"dead", "list"}, {"user", "add", "-name", "x", "-email", "x@example.com"}} {
 			ctx, cancel := context.WithTimeout(t.Context(), settleTime)
