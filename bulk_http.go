@@ -86,10 +86,6 @@ func (s *server) exportProducts(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	// The server's read timeout is for requests; here it would end the answer.
-	if err := stream.control.SetReadDeadline(time.Time{}); err != nil && !errors.Is(err, http.ErrNotSupported) {
-		return err
-	}
 	ctx, cancel := s.whileAllowed(r.Context(), w)
 	defer cancel()
 	defer context.AfterFunc(ctx, stream.interrupt)()

@@ -102,10 +102,6 @@ func (s *server) openStream(w http.ResponseWriter, r *http.Request) (*eventStrea
 		return nil, err
 	}
 	e := &eventStream{w: w, control: http.NewResponseController(w), ctx: r.Context(), stopping: s.stopping, token: s.watchToken(r.Context(), w)}
-	// The server's read timeout is for requests; here it would end the stream.
-	if err := e.control.SetReadDeadline(time.Time{}); err != nil {
-		return nil, err
-	}
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
 	e.heartbeat = time.NewTicker(eventsHeartbeat)

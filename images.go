@@ -190,7 +190,7 @@ var errReservationLost = errors.New("object reservation lost")
 
 const settleReady = `
 UPDATE images SET status = 'ready', object_key = $3, width = $4, height = $5, bytes = $6, source_bytes = $7, variants = $8,
-	ready_at = $9, run_at = NULL, lone_starts = 0, error_code = '', error_detail = ''
+	ready_at = $9, run_at = NULL, error_code = '', error_detail = ''
 WHERE id = $1 AND status = 'pending' AND product_id = $2`
 
 // overtakenTime is how long the objects stay that an image referred to before it

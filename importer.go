@@ -12,13 +12,11 @@ import (
 	"github.com/VictoriaMetrics/metrics"
 )
 
-// A batch ends with one of these, so that an import of any length takes the same
-// memory. It ends sooner when the next row has not come yet: a slow client has
-// results soon, and of a fast one more rows arrive while a batch is stored.
-const (
-	batchRowsMost  = 200
-	batchBytesMost = 1 << 20
-)
+// batchRowsMost is how many rows are stored at once. A batch ends sooner when the
+// next row has not come whole yet: a slow client has results soon, of a fast one
+// more rows arrive while a batch is stored, and no batch is much larger than the
+// buffer of the reader or a single row.
+const batchRowsMost = 200
 
 // importer stores the products of an import and writes a result for each row, in
 // the order of the rows. It is used once, by one goroutine.
@@ -37,7 +35,6 @@ type importer struct {
 	summary importSummary
 	batch   []batchEntry
 	lines   []int // on which the batch's rows begin
-	bytes   int   // of the batch
 }
 
 // importStatus is what came of a row, or of an import.
@@ -123,7 +120,7 @@ func (im *importer) run(ctx context.Context) error {
 
 func (im *importer) importRows(ctx context.Context) error {
 	for {
-		if len(im.batch) == batchRowsMost || im.bytes >= batchBytesMost || !im.rows.text.ready() {
+		if len(im.batch) == batchRowsMost || !im.rows.text.ready() {
 			if err := im.storeBatch(ctx); err != nil {
 				return err
 			}
@@ -154,7 +151,7 @@ func (im *importer) add(r row) {
 		sum := sha256.Sum256(encodeJSON(rowOf(r.Product)))
 		e.Fingerprint = sum[:]
 	}
-	im.batch, im.lines, im.bytes = append(im.batch, e), append(im.lines, r.line), im.bytes+r.size
+	im.batch, im.lines = append(im.batch, e), append(im.lines, r.line)
 }
 
 // rowKey is the key under which a row is created once. A client's own key has no
@@ -185,7 +182,7 @@ func (im *importer) storeBatch(ctx context.Context) error {
 		}
 	}
 	im.wake()
-	im.batch, im.lines, im.bytes = im.batch[:0], im.lines[:0], 0
+	im.batch, im.lines = im.batch[:0], im.lines[:0]
 	return im.flush()
 }
 

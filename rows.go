@@ -89,7 +89,6 @@ func checkColumns(header []string) error {
 type row struct {
 	Product
 	line    int   // on which it begins
-	size    int   // of its text, in bytes
 	problem error // what is wrong with this row alone
 }
 
@@ -100,7 +99,7 @@ func (r *rowReader) next() (row, error) {
 	if errors.Is(err, errRowTooLong) {
 		return row{line: line, problem: err}, nil
 	}
-	next := row{line: line, size: len(text)}
+	next := row{line: line}
 	if err != nil {
 		return next, err
 	}
