@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"golang.org/x/sync/semaphore"
@@ -46,14 +48,21 @@ func (q *rabbitQueue) consumeOnce(ctx context.Context, prefetch int, out chan<- 
 		return err
 	}
 	connected()
+	look := time.NewTicker(topologyInterval)
+	defer look.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return c.finish()
+		case <-look.C:
+			if err := c.look(); err != nil {
+				return err
+			}
 		case message, ok := <-c.messages:
 			if !ok {
 				return c.whyEnded()
 			}
+			c.passedOver = false
 			if suspect(message) {
 				err = q.handOutAlone(ctx, c, message, out)
 			} else {
@@ -114,6 +123,8 @@ type amqpConsumer struct {
 	messages <-chan amqp.Delivery
 	closed   <-chan *amqp.Error
 	canceled <-chan string
+
+	passedOver bool // at the last look messages waited, and none has come since
 }
 
 // consumerTag need only be unique within a channel.
@@ -147,6 +158,32 @@ func (c *amqpConsumer) subscribe(ctx context.Context) error {
 func (c *amqpConsumer) cancel() error {
 	err := c.link.call(context.Background(), func() error { return c.ch.Cancel(consumerTag, false) })
 	return wrap("stop consuming", err)
+}
+
+// errPassedOver is the error of a subscription to a queue that is no more, while
+// there is a new one of its name.
+var errPassedOver = errors.New("the broker sends none of the messages that wait")
+
+// look finds out whether the subscription still is one. RabbitMQ is to tell its
+// consumers when their queue is deleted, but 3.10 at times does not, and then they
+// would wait for ever, though there is a new queue of that name. Who has nothing
+// in hand and gets no message between two looks, while some wait, has been forgotten.
+func (c *amqpConsumer) look() error {
+	if !c.hand.TryAcquire(c.prefetch) {
+		return nil
+	}
+	c.hand.Release(c.prefetch)
+	waiting, exists, err := c.link.inspect(context.Background(), workQueueName)
+	switch {
+	case err != nil:
+		return fmt.Errorf("look for queue %s: %w", workQueueName, err)
+	case !exists:
+		return errNoQueue
+	case waiting > 0 && c.passedOver:
+		return errPassedOver
+	}
+	c.passedOver = waiting > 0
+	return nil
 }
 
 // finish takes no more messages, gives back those not handed out yet, and waits

@@ -281,6 +281,40 @@ func TestQueueDeletedIsRefilled(t *testing.T) {
 	eventually(t, "the queue takes jobs", func() bool { refused, err := q.Publish(t.Context(), jobs(1)); return err == nil && refused == nil })
 }
 
+// A consumer that RabbitMQ sends nothing, though messages wait, gives its
+// subscription up; one that has a message in hand, or nothing to wait for, keeps it.
+func TestQueueConsumerThatIsForgotten(t *testing.T) {
+	t.Parallel()
+	url := testAMQP(t)
+	q := runQueue(t, newRabbitQueue(url, noRefill, testLog(t)))
+	link, err := dialAMQP(t.Context(), url, "test", testPatience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer link.close()
+	c, err := newAMQPConsumer(t.Context(), link, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look := func(what string, wants ...error) {
+		t.Helper()
+		for n, want := range wants {
+			if err := c.look(); !errors.Is(err, want) {
+				t.Errorf("%s, look %d: %v, want %v", what, n+1, err, want)
+			}
+		}
+	}
+	look("nothing waits", nil, nil)
+	publishAll(t, q, jobs(2)...) // one comes, the other cannot: that is all a test can do
+	eventually(t, "one waits", func() bool { n, err := q.Waiting(t.Context()); return err == nil && n == 1 })
+	settled(t, c.hand.Acquire(t.Context(), 1))
+	look("one is in hand", nil, nil)
+	c.hand.Release(1)
+	look("one waits", nil, errPassedOver)
+	deleteQueues(t, url)
+	look("there is no queue", errNoQueue)
+}
+
 func TestQueueWithOtherArguments(t *testing.T) {
 	t.Parallel()
 	url := testAMQP(t)
