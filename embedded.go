@@ -77,7 +77,7 @@ func lockDataDir(dir string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := file.Exec("BEGIN EXCLUSIVE"); err != nil {
+	if err := file.Exec("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE"); err != nil {
 		file.Close()
 		if errors.Is(err, sqlite3.BUSY) {
 			err = errors.New("another pms serves from it")
