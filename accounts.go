@@ -22,8 +22,13 @@ func (s *store) AddUser(ctx context.Context, name, email string) (id int64, err 
 
 // HasUser says whether a user is there.
 func (s *store) HasUser(ctx context.Context, id int64) (bool, error) {
-	ids, err := queryIDs(ctx, s, `SELECT id FROM users WHERE id = $1`, id)
-	return len(ids) > 0, wrap("look for the user", err)
+	known, err := knownUsers(ctx, s, []int64{id})
+	return len(known) > 0, wrap("look for the user", err)
+}
+
+// knownUsers answers those of some ids that are users'.
+func knownUsers(ctx context.Context, q querier, ids []int64) ([]int64, error) {
+	return queryIDs(ctx, q, `SELECT id FROM users WHERE id = ANY($1)`, ids)
 }
 
 var errEmailTaken = errors.New("a user with this email exists")

@@ -93,7 +93,7 @@ func refuseUnknownUsers(ctx context.Context, tx querier, entries []batchEntry) e
 			ids = append(ids, e.UserID)
 		}
 	}
-	known, err := queryIDs(ctx, tx, `SELECT id FROM users WHERE id = ANY($1)`, ids)
+	known, err := knownUsers(ctx, tx, ids)
 	if err != nil {
 		return err
 	}

@@ -337,8 +337,8 @@ func noting(begun *bool, may func(Product) error) func(Product) error {
 	}
 }
 
-// lostWriteTime is how long afterLostWrite keeps a client waiting. A database that
-// can answer does so sooner.
+// lostWriteTime is how long a client whose write failed waits until it is known
+// what came of it. A database that can answer does so sooner.
 const lostWriteTime = time.Second
 
 // afterLostWrite tells the caches what came of a write that failed, if it had
@@ -384,10 +384,11 @@ func appendETag(text []byte, version int64) []byte {
 // etagMatches says whether the lines of an If-Match or If-None-Match header
 // name the version. A weak tag matches by weak comparison only.
 func etagMatches(lines []string, version int64, weak bool) bool {
+	current := etag(version)
 	for _, line := range lines {
 		for tag := range strings.SplitSeq(line, ",") {
 			tag = strings.TrimSpace(tag)
-			if tag == "*" || tag == etag(version) || weak && tag == "W/"+etag(version) {
+			if tag == "*" || tag == current || weak && tag == "W/"+current {
 				return true
 			}
 		}

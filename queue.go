@@ -334,15 +334,11 @@ func (q *rabbitQueue) Waiting(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	n, exists, err := p.link.inspect(ctx, workQueueName)
-	if err != nil {
-		return 0, fmt.Errorf("count waiting jobs: %w", err)
-	}
-	if !exists {
+	n, err := p.link.waiting(ctx)
+	if errors.Is(err, errNoQueue) {
 		q.recheck()
-		return 0, errNoQueue
 	}
-	return n, nil
+	return n, err
 }
 
 // Publish returns when the queue holds the jobs: confirmed and not returned.

@@ -173,17 +173,12 @@ func (c *amqpConsumer) look() error {
 		return nil
 	}
 	c.hand.Release(c.prefetch)
-	waiting, exists, err := c.link.inspect(context.Background(), workQueueName)
-	switch {
-	case err != nil:
-		return fmt.Errorf("look for queue %s: %w", workQueueName, err)
-	case !exists:
-		return errNoQueue
-	case waiting > 0 && c.passedOver:
-		return errPassedOver
+	waiting, err := c.link.waiting(context.Background())
+	if err == nil && waiting > 0 && c.passedOver {
+		err = errPassedOver
 	}
 	c.passedOver = waiting > 0
-	return nil
+	return err
 }
 
 // finish takes no more messages, gives back those not handed out yet, and waits

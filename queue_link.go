@@ -147,6 +147,15 @@ func (l *amqpLink) inspect(ctx context.Context, name string) (waiting int, exist
 	return waiting, err == nil, err
 }
 
+// waiting is how many jobs wait in the work queue, or errNoQueue.
+func (l *amqpLink) waiting(ctx context.Context) (int, error) {
+	n, exists, err := l.inspect(ctx, workQueueName)
+	if err == nil && !exists {
+		return 0, errNoQueue
+	}
+	return n, wrap("count waiting jobs", err)
+}
+
 // declare makes a durable queue, or checks that the one there has these arguments.
 func (l *amqpLink) declare(ctx context.Context, name string, args amqp.Table) error {
 	err := l.onChannel(ctx, func(ch *amqp.Channel) error {

@@ -295,6 +295,18 @@ func hookOn(t *testing.T, s *store, url string) webhook {
 	return hook
 }
 
+// giveUpDelivery claims a webhook's next delivery, which then fails for good.
+func giveUpDelivery(t *testing.T, s *store, to webhook, why *imageError, gone bool) {
+	t.Helper()
+	_, claimed, err := s.ClaimDeliveries(t.Context(), to.ID, 1, 1)
+	if err == nil {
+		err = s.SettleUndelivered(t.Context(), to.ID, claimed[0], failure{imageError: why}, gone)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // makeDeliveries makes all that there is to make, and waits until it is so many.
 func makeDeliveries(t *testing.T, s *store, hook webhook, want int) {
 	t.Helper()
@@ -369,29 +381,23 @@ func TestWebhookThatIsBackCatchesUp(t *testing.T) {
 		ahead, gone := hookOn(t, s, "http://a.example"), hookOn(t, s, "http://b.example")
 		create(t, s)
 		makeDeliveries(t, s, gone, 1)
-		_, claimed, err := s.ClaimDeliveries(t.Context(), gone.ID, 1, 1)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := s.SettleUndelivered(t.Context(), gone.ID, claimed[0], failure{imageError: permanent("http_410", "410")}, true); err != nil {
-			t.Fatal(err)
-		}
+		giveUpDelivery(t, s, gone, permanent("http_410", "410"), true)
 		create(t, s)
 		create(t, s)
 		makeDeliveries(t, s, ahead, 3)
 		if n, err := s.ReplayDeliveries(t.Context(), gone.ID); n != 1 || err != nil {
 			t.Fatal(n, err)
 		}
-		for more := true; more && err == nil; {
-			more, err = s.MakeDeliveries(t.Context(), 1, func(e event) []byte { return []byte(e.What) })
+		for more := true; more; {
+			var err error
+			if more, err = s.MakeDeliveries(t.Context(), 1, func(e event) []byte { return []byte(e.What) }); err != nil {
+				t.Fatal(err)
+			}
 		}
 		for _, hook := range []webhook{ahead, gone} {
 			if shown, err := s.Webhook(t.Context(), hook.ID); err != nil || shown.Waiting != 3 {
 				t.Errorf("%d deliveries wait for webhook %d, want 3: %v", shown.Waiting, hook.ID, err)
 			}
-		}
-		if err != nil {
-			t.Error(err)
 		}
 	})
 }
@@ -500,13 +506,7 @@ func TestWebhooksKeepWhatTheyNeed(t *testing.T) {
 			t.Fatal(err)
 		}
 		makeDeliveries(t, s, hook, 2)
-		_, claimed, err := s.ClaimDeliveries(t.Context(), hook.ID, 1, 1)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := s.SettleUndelivered(t.Context(), hook.ID, claimed[0], failure{imageError: permanent("http_404", "404")}, false); err != nil {
-			t.Fatal(err)
-		}
+		giveUpDelivery(t, s, hook, permanent("http_404", "404"), false)
 		forget := func(want int) {
 			t.Helper()
 			if err := s.ForgetDeliveries(t.Context()); err != nil {
