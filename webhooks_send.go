@@ -25,7 +25,8 @@ const (
 	webhookPoll = 500 * time.Millisecond
 	// webhookTimeout is for one delivery, from the first dial to the answer.
 	webhookTimeout = 15 * time.Second
-	// webhookParallel is how many deliveries a process sends to one webhook at once.
+	// webhookParallel is how many deliveries a process sends to one webhook at once,
+	// each in a lane.
 	webhookParallel = 4
 	// deliveryLease is what a process has for sending what it has claimed, and for
 	// writing down what has become of it.
@@ -36,22 +37,23 @@ const (
 	webhookUserAgent = "pms/1 (webhooks)"
 )
 
-// deliverer makes deliveries of the events, and sends them. Each webhook has a
-// lane of its own, so that a slow receiver holds up none but itself.
+// deliverer makes deliveries of the events, and sends them. Each webhook has lanes
+// of its own, so that a slow receiver holds up none but itself.
 type deliverer struct {
 	store    *store
 	encoder  encoder
 	post     func(ctx context.Context, url string, header http.Header, body []byte) error
 	settings imageSettings // of its retries, which are as those of images
 	log      *slog.Logger
-	lanes    sync.Map // ids of the webhooks that are being sent to
+	mu       sync.Mutex
+	lanes    map[int64]int // by webhook, how many are open
 }
 
 func newDeliverer(db *store, enc encoder, limits fetchLimits, settings imageSettings, log *slog.Logger) *deliverer {
 	limits.Timeout = webhookTimeout
 	return &deliverer{
 		store: db, encoder: enc, post: newFetcher(limits).Post,
-		settings: settings, log: log.With("stage", "webhooks"),
+		settings: settings, log: log.With("stage", "webhooks"), lanes: make(map[int64]int),
 	}
 }
 
@@ -73,6 +75,8 @@ func (d *deliverer) Run(ctx context.Context) error {
 	}
 }
 
+// work makes deliveries of new events, and opens a lane more for each webhook that
+// has something due, be it because a delivery hangs in each of those it has.
 func (d *deliverer) work(ctx context.Context, lanes *sync.WaitGroup) error {
 	for more := true; more; {
 		var err error
@@ -82,11 +86,32 @@ func (d *deliverer) work(ctx context.Context, lanes *sync.WaitGroup) error {
 	}
 	due, err := d.store.DueWebhooks(ctx)
 	for _, id := range due {
-		if _, busy := d.lanes.LoadOrStore(id, true); !busy {
-			lanes.Go(func() { d.lane(ctx, id) })
+		if d.enter(id) {
+			lanes.Go(func() {
+				defer d.leave(id)
+				d.lane(ctx, id)
+			})
 		}
 	}
 	return err
+}
+
+func (d *deliverer) enter(webhookID int64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.lanes[webhookID] == webhookParallel {
+		return false
+	}
+	d.lanes[webhookID]++
+	return true
+}
+
+func (d *deliverer) leave(webhookID int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.lanes[webhookID]--; d.lanes[webhookID] == 0 {
+		delete(d.lanes, webhookID)
+	}
 }
 
 // webhookJSON is the body of a delivery, as Standard Webhooks has it.
@@ -105,22 +130,17 @@ func (d *deliverer) body(e event) []byte {
 	return bytes.TrimSpace(encodeJSON(webhookJSON{kind, jsonTime(e.CreatedAt), m.data}))
 }
 
-// lane sends what is due of one webhook.
+// lane sends what is due of one webhook, one after the other.
 func (d *deliverer) lane(ctx context.Context, id int64) {
-	defer d.lanes.Delete(id)
 	for ctx.Err() == nil {
-		to, claimed, err := d.store.ClaimDeliveries(ctx, id, rand.Int64(), webhookParallel)
+		to, claimed, err := d.store.ClaimDeliveries(ctx, id, rand.Int64(), 1)
 		if err != nil && !errors.Is(err, errNotFound) && ctx.Err() == nil {
 			d.log.Warn("deliveries cannot be claimed", "webhook_id", id, "err", err)
 		}
 		if err != nil || len(claimed) == 0 {
 			return
 		}
-		var sending sync.WaitGroup
-		for _, one := range claimed {
-			sending.Go(func() { d.deliver(ctx, to, one) })
-		}
-		sending.Wait()
+		d.deliver(ctx, to, claimed[0])
 	}
 }
 

@@ -259,6 +259,25 @@ func TestSlowReceiverHoldsUpNobodyElse(t *testing.T) {
 	}
 }
 
+// A delivery that hangs takes one place of its webhook's and no more, and holds up
+// none of the others.
+func TestHangingDeliveryHoldsUpNoOther(t *testing.T) {
+	t.Parallel()
+	api := start(t, environment(map[string]string{"DATA_DIR": t.TempDir()}))
+	release := make(chan struct{})
+	hooks := newReceiver(t, func(n int, _ received, _ http.ResponseWriter) {
+		if n == 1 {
+			<-release
+		}
+	})
+	defer close(release)
+	api.hook(t, hooks.URL)
+	for n := range 4 {
+		api.post(t)
+		eventually(t, "the newest has arrived", func() bool { return len(hooks.all()) == n+1 })
+	}
+}
+
 // A program that ends before an event was sent leaves it to the next.
 func TestWebhookOutlivesTheProgram(t *testing.T) {
 	t.Parallel()
