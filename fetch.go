@@ -468,6 +468,8 @@ func checkTarget(u *url.URL) string {
 		return "must not contain a user name or password"
 	case u.Hostname() == "":
 		return "must have a host"
+	case !utf8.ValidString(u.Host) || strings.ContainsFunc(u.Host, isSpaceOrControl): // they may have been percent-encoded
+		return "must have a host without spaces, control characters or invalid UTF-8"
 	case !validPort(u.Port()):
 		return "must have a port from 1 to 65535"
 	}

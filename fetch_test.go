@@ -19,6 +19,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 // testLimits are those of the public internet, with a time and size for tests.
@@ -215,6 +216,7 @@ var hostileURLs = map[string][]string{
 		"http://127.0.0.1:PORT/\u2028", "http://127.0.0.1:PORT/\xff", "http://127.0.0.1%00:PORT/", "http://%31%32%37.0.0.1:PORT/",
 		"http://127.0.0.1:PORT/%zz", `http:\\127.0.0.1:PORT\`, `http://example.com\@127.0.0.1:PORT/`, "http://[127.0.0.1]:PORT/",
 		"http://[::1", "http://[::1]x/", "http://::1/", "http://[]/", "http://[localhost]:PORT/",
+		"http://%ff.example.com/", "http://a%C2%85.example.com/", "http://a%e2%80%a8.example.com/", "http://a%c2%a0.example.com/",
 		"http://127.0.0.1:PORT/" + strings.Repeat("a", maxURLBytes),
 	},
 }
@@ -333,7 +335,7 @@ func TestFetchRedirects(t *testing.T) {
 	for path, code := range map[string]string{
 		"/hops/6": "too_many_redirects", "/loop": "too_many_redirects", "/to": "bad_redirect", to(""): "bad_redirect",
 		to("file:///etc/passwd"): "bad_redirect", to("gopher://127.0.0.1:" + port): "bad_redirect",
-		to("//user:secret@example.com/hops/0"): "bad_redirect", to("http://[::1"): "bad_redirect", to("http://"): "bad_redirect",
+		to("//user:secret@example.com/hops/0"): "bad_redirect", to("http://[::1"): "bad_redirect", to("http://"): "bad_redirect", to("http://%ff.example.com/"): "bad_redirect",
 		to("http://example.com:0/"): "bad_redirect", to("//example.com:22/"): "dns_not_found",
 		to("http://8.8.8.8:22/"): "forbidden_port", to("http://127.0.0.1:" + port + "/secret"): "forbidden_address",
 		to("//[::ffff:127.0.0.1]:" + port): "forbidden_address", to("http://127.1:" + port): "forbidden_address",
@@ -575,7 +577,7 @@ func TestURLsThatAreFine(t *testing.T) {
 	t.Parallel()
 	for _, fine := range []string{
 		"http://example.com", "https://example.com/a.jpg", "HTTPS://EXAMPLE.COM:8443/a?b=c&d=%20#e", "http://127.0.0.1:9000/x",
-		"http://[::1]:8080/", "http://[fe80::1%25eth0]/", "http://localhost/", "http://münchen.example/ä.png", "http://a_b.example/",
+		"http://[::1]:8080/", "http://[fe80::1%25eth0]/", "http://localhost/", "http://münchen.example/ä.png", "http://m%C3%BCnchen.example/", "http://a_b.example/",
 		"http://example.com:/", "http://example.com:65535/", "https://cdn.example/" + strings.Repeat("a", maxURLBytes-20),
 	} {
 		if problem := checkURL(fine); problem != "" {
@@ -607,6 +609,9 @@ func FuzzCheckImageURL(f *testing.F) {
 		}
 		if strings.ContainsAny(raw, " \t\r\n\x00\x7f") || strings.ToValidUTF8(raw, "") != raw {
 			t.Fatalf("%q passes with forbidden characters", raw)
+		}
+		if !utf8.ValidString(u.Host) || strings.ContainsFunc(u.Host, isSpaceOrControl) {
+			t.Fatalf("%q passes with host %q", raw, u.Host)
 		}
 		if n, err := strconv.Atoi(u.Port()); u.Port() != "" && (err != nil || n < 1 || n > 65535) {
 			t.Fatalf("%q passes with port %q", raw, u.Port())

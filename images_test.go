@@ -287,6 +287,24 @@ func TestStoreDeletesNothingAfterTheClaim(t *testing.T) {
 	})
 }
 
+// Whatever an origin puts into the text of a failure, the failure can be written
+// down: a worker tries that until it succeeds.
+func TestFailureWithAnyTextSettles(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		create(t, s, "a")
+		job := publishDue(t, s)[0]
+		why := permanent("bad_response", "%s says \x00", "\xff.example")
+		if _, err := s.SettleFailed(t.Context(), job, failure{imageError: why, Attempt: 1}); err != nil {
+			t.Fatal(err)
+		}
+		letter, err := s.DeadLetter(t.Context(), job.ID)
+		if err != nil || letter.ErrorDetail != "\uFFFD.example says \uFFFD" {
+			t.Errorf("%+v, %v", letter, err)
+		}
+	})
+}
+
 func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {

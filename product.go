@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -79,10 +80,15 @@ func (e *imageError) Error() string { return e.Code + ": " + e.Detail }
 
 // permanent makes the imageError of a failure that another try cannot mend.
 func permanent(code, format string, args ...any) *imageError {
-	return &imageError{Code: code, Detail: fmt.Sprintf(format, args...), Permanent: true}
+	e := transient(code, format, args...)
+	e.Permanent = true
+	return e
 }
 
-// transient makes the imageError of a failure that may pass.
+// transient makes the imageError of a failure that may pass. Its text can be
+// stored whatever an origin had in it: one that PostgreSQL refuses would look like
+// an outage, which is waited for without end.
 func transient(code, format string, args ...any) *imageError {
-	return &imageError{Code: code, Detail: fmt.Sprintf(format, args...)}
+	detail := strings.ToValidUTF8(fmt.Sprintf(format, args...), "\uFFFD")
+	return &imageError{Code: code, Detail: strings.ReplaceAll(detail, "\x00", "\uFFFD")}
 }
