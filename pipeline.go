@@ -336,28 +336,33 @@ func (p *pipeline) upload(ctx context.Context, w *work) error {
 // is in hand once more, and what came back often enough is taken for poison.
 const storagePatience = 10 * time.Minute
 
-// errStorageAway says that the storage is away for longer than storagePatience.
-var errStorageAway = fmt.Errorf("%w: the storage is away", errPutOff)
+// errNotStored says that an image could not be stored for longer than storagePatience:
+// the storage is away, or does not delete what is in the way.
+var errNotStored = fmt.Errorf("%w: it cannot be stored", errPutOff)
 
 func (p *pipeline) storeObjects(ctx context.Context, w *work) error {
-	keys := w.image.keys()
 	return p.persist(ctx, w, func() error {
-		if err := p.store.ReserveObject(ctx, w.image.ID, keys...); err != nil {
+		err := p.tryToStore(ctx, w)
+		if err == nil || errors.Is(err, errNotFound) || ctx.Err() != nil || time.Since(w.started) <= storagePatience {
 			return err
 		}
-		point("object reserved")
-		for n, out := range w.outputs {
-			err := p.blobs.Put(ctx, keys[n], out.ContentType, out.Data)
-			if err != nil && ctx.Err() == nil && time.Since(w.started) > storagePatience {
-				return fmt.Errorf("%w: %w", errStorageAway, err)
-			}
-			if err != nil {
-				return err
-			}
-			point("object stored")
-		}
-		return nil
+		return fmt.Errorf("%w: %w", errNotStored, err)
 	})
+}
+
+func (p *pipeline) tryToStore(ctx context.Context, w *work) error {
+	keys := w.image.keys()
+	if err := p.store.ReserveObject(ctx, w.image.ID, keys...); err != nil {
+		return err
+	}
+	point("object reserved")
+	for n, out := range w.outputs {
+		if err := p.blobs.Put(ctx, keys[n], out.ContentType, out.Data); err != nil {
+			return err
+		}
+		point("object stored")
+	}
+	return nil
 }
 
 // settle writes down what has become of the image, and only then lets go of the

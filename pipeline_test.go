@@ -115,14 +115,22 @@ func TestMemoryOfAnImageIsReleased(t *testing.T) {
 // awayBlobs is a storage that is away.
 type awayBlobs struct{}
 
-func (awayBlobs) Put(context.Context, string, string, []byte) error { return errors.New("away") }
-func (awayBlobs) Delete(context.Context, string) error              { return errors.New("away") }
+var errAway = errors.New("away")
 
-// While the storage is away for hours, no delivery is held until the broker takes
-// it back, which counts against the image: it is queued anew, and no worse off than
-// before. One that reaches the storage late is not kept for as long again.
-func TestImageIsPutOffWhileTheStorageIsAway(t *testing.T) {
+func (awayBlobs) Put(context.Context, string, string, []byte) error { return errAway }
+func (awayBlobs) Delete(context.Context, string) error              { return errAway }
+
+// While the storage is away for hours, or does not delete what is in the way, no
+// delivery is held until the broker takes it back, which counts against the image:
+// it is queued anew, and no worse off than before. One that reaches the storage late
+// is not kept for as long again.
+func TestImageIsPutOffWhileItCannotBeStored(t *testing.T) {
 	t.Parallel()
+	t.Run("storage away", func(t *testing.T) { t.Parallel(); wantPutOff(t, errAway, false) })
+	t.Run("object in the way", func(t *testing.T) { t.Parallel(); wantPutOff(t, errObjectBusy, true) })
+}
+
+func wantPutOff(t *testing.T, why error, deleting bool) {
 	eachStore(t, func(t *testing.T, s *store) {
 		create(t, s, "https://a.example/1.jpg")
 		job := publishDue(t, s)[0]
@@ -135,11 +143,15 @@ func TestImageIsPutOffWhileTheStorageIsAway(t *testing.T) {
 		delivery := newDelivery(job, hand, func(v verdict) error { verdicts = append(verdicts, v); return nil })
 		w := &work{delivery: delivery, log: p.log, image: Image{ID: job.ID}, outputs: []compressedImage{{Ext: "jpg"}}}
 
+		if deleting {
+			_, err := s.Exec(t.Context(), `INSERT INTO garbage (object_key, delete_at, deleting) VALUES ($1, $2, true)`, blobKey(job.ProductID, job.ID, nil, "jpg"), s.now())
+			settled(t, err)
+		}
 		w.started = time.Now().Add(maxPersistDelay/10 - storagePatience) // so it has a second left
 		ctx, cancel := context.WithTimeout(t.Context(), storagePatience/20)
 		defer cancel()
 		w = p.step("upload", ctx, p.upload)(w)
-		if early := time.Since(w.started); !errors.Is(w.err, errStorageAway) || early < storagePatience {
+		if early := time.Since(w.started); !errors.Is(w.err, errNotStored) || !errors.Is(w.err, why) || early < storagePatience {
 			t.Fatalf("given up after %v in hand: %v", early, w.err)
 		}
 		p.settle(t.Context(), w)
