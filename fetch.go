@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -64,18 +65,22 @@ type fetcher struct {
 // is slow with them. It is no failure of the image, which may come again later.
 var errHostBusy = fmt.Errorf("%w: the host is busy with other downloads", errPutOff)
 
+// errNoSocket says that this process, or its machine, can open no more connections.
+var errNoSocket = fmt.Errorf("%w: no socket can be opened", errPutOff)
+
 // hostSlots counts the downloads of one host.
 type hostSlots struct {
 	taken chan struct{} // holds one element a download in work
 	users int           // in work or waiting; guarded by fetcher.mu
-	moved atomic.Int64  // when a download last began or ended, in Unix nanoseconds
+	since time.Time     // the zero of moved, on a clock that nobody sets
+	moved atomic.Int64  // when a download last began or ended, in nanoseconds
 }
 
-func (s *hostSlots) move() { s.moved.Store(time.Now().UnixNano()) }
+func (s *hostSlots) move() { s.moved.Store(int64(time.Since(s.since))) }
 
 // patience is how much longer to wait for a download to end.
 func (s *hostSlots) patience() time.Duration {
-	return hostPatience - time.Duration(time.Now().UnixNano()-s.moved.Load())
+	return hostPatience - (time.Since(s.since) - time.Duration(s.moved.Load()))
 }
 
 // newFetcher returns a fetcher that needs no closing: its idle connections
@@ -104,8 +109,8 @@ func newFetcher(limits fetchLimits) *fetcher {
 
 // Fetch downloads url whole; the caller must release the body. What the origin or
 // the URL is to blame for is an *imageError. When ctx ends Fetch returns ctx's error
-// as it is, when the host is busy errHostBusy, and when there is no memory errNoRoom.
-// What we lack ourselves (a free file descriptor) is an ordinary error.
+// as it is, when the host is busy errHostBusy, when there is no memory errNoRoom, and
+// when there is no file descriptor errNoSocket.
 func (f *fetcher) Fetch(ctx context.Context, url string) ([]byte, error) {
 	u, problem := parseURL(url)
 	if problem != "" {
@@ -132,7 +137,7 @@ func (f *fetcher) acquire(ctx context.Context, host string) (release func(), err
 	f.mu.Lock()
 	slots := f.hosts[host]
 	if slots == nil {
-		slots = &hostSlots{taken: make(chan struct{}, maxHostDownloads)}
+		slots = &hostSlots{taken: make(chan struct{}, maxHostDownloads), since: time.Now()}
 		f.hosts[host] = slots
 	}
 	slots.users++
@@ -395,8 +400,8 @@ func (f *fetcher) downloadError(ctx context.Context, u *url.URL, err error) erro
 		return known
 	case ctx.Err() != nil:
 		return transient("timeout", "not complete within %v", f.limits.Timeout)
-	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ENOBUFS):
-		return fmt.Errorf("connect to %s: %w", host, err) // ours, not the image's
+	case lacksSocket(err):
+		return fmt.Errorf("%w: connect to %s: %w", errNoSocket, host, err)
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return transient("dns_not_found", "no host is named %s", host)
 	case errors.As(err, &dns):
@@ -415,6 +420,16 @@ func (f *fetcher) downloadError(ctx context.Context, u *url.URL, err error) erro
 		return transient("tls_error", "%s", tlsDetail(err))
 	}
 	return transient("bad_response", "%s did not answer in proper HTTP", host)
+}
+
+// lacksSocket says that an error is ours. Of what the resolver met net keeps but
+// the text.
+func lacksSocket(err error) bool {
+	var dns *net.DNSError
+	isDNS := errors.As(err, &dns)
+	return slices.ContainsFunc([]error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS}, func(lack error) bool {
+		return errors.Is(err, lack) || isDNS && strings.Contains(dns.Err, lack.Error())
+	})
 }
 
 // tlsDetail names the faults of a certificate that its owner can mend.

@@ -15,8 +15,10 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -307,6 +309,24 @@ func TestFetchFromANameOfWhichOneAddressIsPermitted(t *testing.T) {
 	f.dialer.LocalAddr = &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}
 	data, err := f.Fetch(t.Context(), "http://mixed.test/")
 	wantFailure(t, data, err, "unreachable", false)
+}
+
+// A process that has no file descriptor left puts the image off, be it the resolver
+// that needs one or the connection.
+func TestLackOfSocketsIsNotTheImagesFault(t *testing.T) {
+	t.Parallel()
+	for _, lack := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS} {
+		fails := func(context.Context, string, string) (net.Conn, error) {
+			return nil, os.NewSyscallError("socket", lack)
+		}
+		resolving, connecting := testFetcher(t, testLimits, nil), testFetcher(t, testLimits, nil)
+		resolving.dialer.Resolver.Dial, connecting.transport.DialContext = fails, fails
+		for what, f := range map[string]*fetcher{"resolving": resolving, "connecting": connecting} {
+			if _, err := f.Fetch(t.Context(), "http://a.example/"); !errors.Is(err, errNoSocket) || !errors.Is(err, errPutOff) {
+				t.Errorf("%s with %v: %v", what, lack, err)
+			}
+		}
+	}
 }
 
 func TestFetchRedirects(t *testing.T) {

@@ -130,7 +130,8 @@ func (d *deliverer) body(e event) []byte {
 	return bytes.TrimSpace(encodeJSON(webhookJSON{kind, jsonTime(e.CreatedAt), m.data}))
 }
 
-// lane sends what is due of one webhook, one after the other.
+// lane sends what is due of one webhook, one after the other, until nothing is or
+// one could not be sent for a reason of ours.
 func (d *deliverer) lane(ctx context.Context, id int64) {
 	for ctx.Err() == nil {
 		to, claimed, err := d.store.ClaimDeliveries(ctx, id, rand.Int64(), 1)
@@ -140,12 +141,15 @@ func (d *deliverer) lane(ctx context.Context, id int64) {
 		if err != nil || len(claimed) == 0 {
 			return
 		}
-		d.deliver(ctx, to, claimed[0])
+		if !d.deliver(ctx, to, claimed[0]) {
+			return
+		}
 	}
 }
 
-// deliver sends one delivery and writes down what has become of it.
-func (d *deliverer) deliver(ctx context.Context, to webhook, one delivery) {
+// deliver sends one delivery and writes down what has become of it. It says whether
+// it was sent at all.
+func (d *deliverer) deliver(ctx context.Context, to webhook, one delivery) (sent bool) {
 	log := d.log.With("webhook_id", to.ID, "event_id", one.EventID, "product_id", one.ProductID)
 	if one.RequestID != "" {
 		log = log.With("request_id", one.RequestID)
@@ -170,7 +174,9 @@ func (d *deliverer) deliver(ctx context.Context, to webhook, one delivery) {
 	default: // ours, or the end
 		log.Info("delivery given back unfinished", "err", err)
 		d.settle(log, func(ctx context.Context) error { return d.store.GiveBackDelivery(ctx, one) })
+		return false
 	}
+	return true
 }
 
 // fail writes a failed try down. A receiver that says 410 Gone wants no more.
