@@ -166,7 +166,7 @@ func (s *store) deadAmong(ctx context.Context, ids []int64) ([]int64, error) {
 }
 
 const selectDeadBefore = `
-SELECT id, product_id, request_id, traceparent FROM images
+SELECT id, product_id, request_id, traceparent, lone_starts FROM images
 WHERE ` + isDead + ` AND failed_at <= $1 AND id > $2
 ORDER BY id LIMIT $3`
 

@@ -23,7 +23,7 @@ WITH due AS MATERIALIZED (
 	ORDER BY run_at
 	LIMIT $4 FOR UPDATE SKIP LOCKED)
 UPDATE images SET run_at = $2, claim = $3 WHERE id IN (SELECT id FROM due)
-RETURNING id, product_id, request_id, traceparent`
+RETURNING id, product_id, request_id, traceparent, lone_starts`
 
 const refuseClaimed = `
 UPDATE images SET run_at = $1, claim = 0
@@ -70,7 +70,7 @@ func (s *store) DispatchDue(ctx context.Context, limit int, publish func(context
 
 func scanJob(r rows) (Job, error) {
 	var j Job
-	err := r.Scan(&j.ID, &j.ProductID, &j.RequestID, &j.Traceparent)
+	err := r.Scan(&j.ID, &j.ProductID, &j.RequestID, &j.Traceparent, &j.Starts)
 	return j, err
 }
 

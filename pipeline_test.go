@@ -57,7 +57,7 @@ func TestPipelineTellsOfACommitThatItDidNotSee(t *testing.T) {
 			hand := semaphore.NewWeighted(1)
 			settled(t, hand.Acquire(t.Context(), 1))
 			var verdicts []verdict
-			delivery := newDelivery(job, hand, func(v verdict) error { verdicts = append(verdicts, v); return nil })
+			delivery := newDelivery(job, hand, 1, func(v verdict) error { verdicts = append(verdicts, v); return nil })
 			w := &work{delivery: delivery, log: p.log, image: Image{ID: job.ID}}
 			happen(w)
 			db.lose.Store(true)
@@ -140,7 +140,7 @@ func wantPutOff(t *testing.T, why error, deleting bool) {
 		hand := semaphore.NewWeighted(1)
 		settled(t, hand.Acquire(t.Context(), 1))
 		var verdicts []verdict
-		delivery := newDelivery(job, hand, func(v verdict) error { verdicts = append(verdicts, v); return nil })
+		delivery := newDelivery(job, hand, 1, func(v verdict) error { verdicts = append(verdicts, v); return nil })
 		w := &work{delivery: delivery, log: p.log, image: Image{ID: job.ID}, outputs: []compressedImage{{Ext: "jpg"}}}
 
 		if deleting {

@@ -14,6 +14,10 @@ import (
 // hand, and each such start is counted until it has any outcome. Whoever is
 // started alone maxLoneStarts times without one is poison.
 //
+// The queue within the process ends with it and counts nothing. There every start is
+// counted, and what has any when a queue is filled was in hand as its process died:
+// that is started alone.
+//
 // An image so ends after at most suspectDeliveries + maxLoneStarts + 1
 // deliveries, which is within deliveryLimit. The broker's limit is behind that,
 // for what does not get as far as a start.
@@ -23,13 +27,13 @@ const (
 )
 
 func poisonError(starts int) *imageError {
-	return permanent("poison", "its worker ended each of the %d times that it had nothing but this image in hand", starts)
+	return permanent("poison", "its worker ended each of the last %d times that it started this image", starts)
 }
 
 const countLoneStart = `UPDATE images SET lone_starts = lone_starts + 1 WHERE id = $1 AND status = 'pending' RETURNING lone_starts`
 
-// CountLoneStart notes that a pending image is about to be started with nothing
-// else in hand, and answers how many such starts in a row that makes. errNotFound
+// CountLoneStart notes that a pending image is about to be started, with nothing
+// else in hand if it is a suspect, and answers how many such starts in a row that makes. errNotFound
 // as for PendingImage.
 func (s *store) CountLoneStart(ctx context.Context, id int64) (starts int, err error) {
 	err = changedRow(ctx, s, []any{&starts}, countLoneStart, id)
@@ -67,10 +71,10 @@ func (s *store) ReviveGivenUp(ctx context.Context, job Job, published time.Time)
 	return s.SettleFailed(ctx, job, failure{imageError: poisonError(starts), Attempt: attempts + 1})
 }
 
-// countStart has the image of a delivery that came alone pay for its start; one
-// that has none left is poison.
+// countStart has an image pay for its start where that is counted; one that has none
+// left is poison.
 func (p *pipeline) countStart(ctx context.Context, w *work) error {
-	if !w.delivery.Alone {
+	if !w.delivery.Counted {
 		return nil
 	}
 	var starts int
@@ -84,7 +88,7 @@ func (p *pipeline) countStart(ctx context.Context, w *work) error {
 // giveBack returns an unfinished image to the queue, unharmed.
 func (p *pipeline) giveBack(ctx context.Context, w *work) error {
 	var err error
-	if w.delivery.Alone {
+	if w.delivery.Counted {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second) // ctx has ended
 		defer cancel()
 		err = p.store.ForgetLoneStarts(ctx, w.delivery.Job.ID)

@@ -102,6 +102,36 @@ func TestPoisonTakesNoInnocents(t *testing.T) {
 	}
 }
 
+// So does one that ends the program whose queue is its own.
+func TestPoisonOfTheWholeProgram(t *testing.T) {
+	t.Parallel()
+	host := newKillingHost(t, 100*time.Millisecond)
+	env := environment(map[string]string{"DATA_DIR": t.TempDir(), "IMAGE_WORKERS": "1"})
+	restart := func() {
+		host.mu.Lock()
+		defer host.mu.Unlock()
+		host.worker = startBinary(t, env)
+	}
+	restart()
+	const id = 1
+	// Its answer may be lost: the program is killed as soon as it is at work.
+	host.worker.send("POST", "/products", map[string]any{"user_id": 1, "product_name": "Shoe", "product_price": 1,
+		"product_images": []string{host.URL + "/1", host.URL + "/poison", host.URL + "/2"}}, nil)
+	for range maxLoneStarts {
+		<-host.killed
+		restart()
+	}
+	p := host.worker.settled(t, id)
+	for n, image := range p.Images {
+		if want := map[bool]string{true: "failed", false: "ready"}[n == 1]; image.Status != want || want == "failed" && image.Error.Code != "poison" {
+			t.Errorf("image %d: %+v", n, image)
+		}
+	}
+	if host.asked != maxLoneStarts {
+		t.Errorf("the poison was started %d times, want %d", host.asked, maxLoneStarts)
+	}
+}
+
 // returned publishes jobs that have come back so often each.
 func returned(t *testing.T, q *rabbitQueue, counts map[int64]int) {
 	t.Helper()
@@ -143,14 +173,14 @@ func TestSuspectsAreHandedOutAlone(t *testing.T) {
 	returned(t, q, map[int64]int{1: suspectDeliveries + 2, 2: suspectDeliveries, 3: suspectDeliveries - 1})
 	in := consume(t, q, 5)
 	company := receive(t, in.out)
-	if company.Job.ID != 3 || company.Alone {
+	if company.Job.ID != 3 || company.Counted {
 		t.Fatalf("first came %+v", company)
 	}
 	wantNothing(t, in.out, "while a suspect's company was in hand")
 	settled(t, company.Ack())
 	for _, id := range []int64{2, 1} {
 		d := receive(t, in.out)
-		if d.Job.ID != id || !d.Alone || !d.Redelivered {
+		if d.Job.ID != id || !d.Counted || !d.Redelivered {
 			t.Fatalf("got %+v, want job %d alone", d, id)
 		}
 		publishAll(t, q, Job{ID: id + 10, ProductID: 1})
@@ -159,7 +189,7 @@ func TestSuspectsAreHandedOutAlone(t *testing.T) {
 	}
 	for _, id := range []int64{12, 11} {
 		d := receive(t, in.out)
-		if d.Job.ID != id || d.Alone || d.Redelivered {
+		if d.Job.ID != id || d.Counted || d.Redelivered {
 			t.Errorf("afterwards came %+v, want job %d", d, id)
 		}
 		settled(t, d.Ack())
@@ -214,7 +244,7 @@ func TestSuspectsWhoseConnectionIsLost(t *testing.T) {
 	lost := receive(t, in.out)
 	proxy.cut()
 	again := receive(t, in.out)
-	if lost.Ack() == nil || again.Job.ID != 1 || !again.Alone {
+	if lost.Ack() == nil || again.Job.ID != 1 || !again.Counted {
 		t.Errorf("after the cut came %+v", again)
 	}
 	settled(t, again.Ack())

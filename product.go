@@ -64,6 +64,7 @@ type Job struct {
 	ProductID   int64  `json:"product"`
 	RequestID   string `json:"request_id,omitempty"`
 	Traceparent string `json:"traceparent,omitempty"`
+	Starts      int    `json:"-"` // counted in its row when it was claimed: see poison.go
 }
 
 // imageError is why an image could not be made. It is the image's failure and

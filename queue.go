@@ -72,7 +72,7 @@ const (
 type Delivery struct {
 	Job         Job
 	Redelivered bool // a worker has had it before
-	Alone       bool // nothing else is in hand, nor will be until it is settled: see poison.go
+	Counted     bool // its start is counted in its row until it has an outcome: see poison.go
 	settle      func(verdict) error
 }
 
@@ -86,15 +86,15 @@ func (d Delivery) Reject() error { return d.settle(verdictRejected) }
 // part of ours is away. It counts towards the delivery limit.
 func (d Delivery) Release() error { return d.settle(verdictReleased) }
 
-// newDelivery returns a delivery that settles once and then gives its place in
+// newDelivery returns a delivery that settles once and then gives its places in
 // hand back.
-func newDelivery(job Job, hand *semaphore.Weighted, settle func(verdict) error) Delivery {
+func newDelivery(job Job, hand *semaphore.Weighted, places int64, settle func(verdict) error) Delivery {
 	var settled atomic.Bool
 	return Delivery{Job: job, settle: func(v verdict) error {
 		if !settled.CompareAndSwap(false, true) {
 			return errSettled
 		}
-		defer hand.Release(1)
+		defer hand.Release(places)
 		return settle(v)
 	}}
 }

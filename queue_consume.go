@@ -90,8 +90,8 @@ func (q *rabbitQueue) handOut(ctx context.Context, c *amqpConsumer, message amqp
 	if c.hand.Acquire(c.link.alive, 1) != nil {
 		return // the connection is lost, and the message with it
 	}
-	delivery := newDelivery(job, c.hand, func(v verdict) error { return settleMessage(message, v) })
-	delivery.Alone, delivery.Redelivered = alone, message.Redelivered
+	delivery := newDelivery(job, c.hand, 1, func(v verdict) error { return settleMessage(message, v) })
+	delivery.Counted, delivery.Redelivered = alone, message.Redelivered
 	select {
 	case out <- delivery:
 	case <-ctx.Done():

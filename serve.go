@@ -33,7 +33,6 @@ type queue interface {
 	jobSink
 	consumer
 	Run(ctx context.Context) error
-	Ping(ctx context.Context) error
 }
 
 // app is a running program, put together from the parts that its settings name.
