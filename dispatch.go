@@ -20,9 +20,10 @@ const (
 	dispatchRetryMost  = 5 * time.Second
 
 	// reconcileInterval and reconcileAge catch jobs whose message was lost though
-	// the queue stood. The age is far above what an image in work takes, but where
-	// IMAGE_TIMEOUT is long or storage away: it then gets a second message, which
-	// costs work and changes nothing, since the row is settled once.
+	// the queue stood. What was there to be taken has then been in hand for an
+	// interval. That is far above what an image in work takes, but where IMAGE_TIMEOUT
+	// is long or storage away: it then gets a second message, which costs work and
+	// changes nothing, since the row is settled once.
 	reconcileInterval = 3 * time.Minute
 	reconcileAge      = 15 * time.Minute
 )
@@ -59,6 +60,7 @@ type dispatcher struct {
 	wake   chan struct{} // a token
 	pace   retryPace
 	health healthLog
+	idle   bool // no job waited when last looked for the lost
 }
 
 func newDispatcher(source jobSource, queue jobSink, log *slog.Logger) *dispatcher {
@@ -156,21 +158,16 @@ func (d *dispatcher) dispatch(ctx context.Context) (claimed int, err error) {
 }
 
 // reconcile publishes again what has been published for long and is neither
-// finished nor waiting. With jobs in the queue it cannot tell the two apart, and
-// does nothing: a backlog is not to be published again and again.
+// finished nor waiting. With jobs in the queue it cannot tell the two apart, nor
+// just after there were any, and does nothing: a backlog is not to be published
+// again and again.
 func (d *dispatcher) reconcile(ctx context.Context) {
-	if d.queue.Ping(ctx) != nil {
-		return
+	idle, err := d.isIdle(ctx)
+	var n int64
+	if idle && d.idle {
+		n, err = d.source.RequeuePublished(ctx, reconcileAge)
 	}
-	waiting, err := d.queue.Waiting(ctx)
-	if err != nil {
-		d.log.Warn("reconciling is put off", "stage", "dispatch", "err", err)
-		return
-	}
-	if waiting > 0 {
-		return
-	}
-	n, err := d.source.RequeuePublished(ctx, reconcileAge)
+	d.idle = idle
 	if err != nil {
 		d.log.Warn("reconciling is put off", "stage", "dispatch", "err", err)
 		return
@@ -179,4 +176,13 @@ func (d *dispatcher) reconcile(ctx context.Context) {
 		d.log.Warn("jobs went missing, publishing them again", "stage", "dispatch", "republish", n)
 		d.Wake()
 	}
+}
+
+// isIdle says whether there is a queue and no job waits in it.
+func (d *dispatcher) isIdle(ctx context.Context) (bool, error) {
+	if d.queue.Ping(ctx) != nil {
+		return false, nil
+	}
+	waiting, err := d.queue.Waiting(ctx)
+	return err == nil && waiting == 0, err
 }

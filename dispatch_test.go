@@ -240,11 +240,12 @@ func TestDispatchLeavesTheDatabaseAloneWithoutQueue(t *testing.T) {
 }
 
 func TestDispatchReconciles(t *testing.T) {
+	twice := []time.Duration{reconcileAge, reconcileAge}
 	tests := map[string]struct {
 		sink *scriptedSink
 		want []time.Duration
 	}{
-		"an empty queue": {&scriptedSink{}, []time.Duration{reconcileAge, reconcileAge}},
+		"an empty queue": {&scriptedSink{}, twice},
 		"a backlog":      {&scriptedSink{waiting: 1}, nil},
 		"a fault":        {&scriptedSink{err: errBrokerFrozen}, nil},
 	}
@@ -252,9 +253,19 @@ func TestDispatchReconciles(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			source := &scriptedSource{requeued: 1}
 			dispatching(t, source, test.sink, func(t *testing.T, _ *dispatcher, _ func()) {
-				source.after(2*reconcileInterval + pollInterval/2)
+				source.after(3*reconcileInterval + pollInterval/2)
 				if !slices.Equal(source.requeues, test.want) {
 					t.Errorf("requeued what is older than %v, want %v", source.requeues, test.want)
+				}
+				// What was taken last is still in hand when nothing waits any more.
+				test.sink.waiting, test.sink.err = 0, nil
+				source.requeues = nil
+				for _, want := range []int{len(test.want) / 2, 1} {
+					source.after(reconcileInterval)
+					if len(source.requeues) != want {
+						t.Errorf("requeued %d times by the next look at an empty queue, want %d", len(source.requeues), want)
+					}
+					source.requeues = nil
 				}
 			})
 		})
