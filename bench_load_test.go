@@ -9,7 +9,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,9 +28,6 @@ const (
 	// loadConnections is how many connections the client has at most.
 	loadConnections = 32
 
-	// fewConnections are too few for uncached reads to share many queries.
-	fewConnections = 4
-
 	// pacedRate is far below what one of two cores answers, in requests a second.
 	pacedRate = 2000
 )
@@ -45,13 +41,17 @@ type loadClient struct {
 	Requests    int
 	Connections int
 	Rate        int    // requests a second; 0: as fast as they are answered
-	Result      string // the file for the latencies; with Rate only
+	Result      string // the file for what it has seen
 }
 
-// run runs the client in a process of its own until it has sent everything. It
-// answers what the client used of the CPU.
-func (l loadClient) run(b *testing.B) time.Duration {
+// loadSeen is what a client has seen: how long its requests took, by percentiles,
+// and all of them together.
+type loadSeen struct{ P50, P99, Took time.Duration }
+
+// run runs the client in a process of its own until it has sent everything.
+func (l loadClient) run(b *testing.B) (seen loadSeen) {
 	b.Helper()
+	l.Result = filepath.Join(b.TempDir(), "seen")
 	spec, err := json.Marshal(l)
 	if err != nil {
 		b.Fatal(err)
@@ -61,17 +61,6 @@ func (l loadClient) run(b *testing.B) time.Duration {
 	if out, err := client.CombinedOutput(); err != nil {
 		b.Fatalf("%v: %s", err, out)
 	}
-	return client.ProcessState.UserTime() + client.ProcessState.SystemTime()
-}
-
-// latencies are percentiles of what a paced client has seen.
-type latencies struct{ P50, P99 time.Duration }
-
-// runPaced is run at a rate. It answers how long the requests took.
-func (l loadClient) runPaced(b *testing.B, rate int) (seen latencies) {
-	b.Helper()
-	l.Rate, l.Result = rate, filepath.Join(b.TempDir(), "latencies")
-	l.run(b)
 	data, err := os.ReadFile(l.Result)
 	if err == nil {
 		err = json.Unmarshal(data, &seen)
@@ -105,11 +94,9 @@ func TestLoadClient(t *testing.T) {
 	if err := group.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	if load.Result == "" {
-		return
-	}
+	took := time.Since(began)
 	sorted := slices.Sorted(slices.Values(slices.Concat(all...)))
-	data, err := json.Marshal(latencies{sorted[len(sorted)/2], sorted[len(sorted)*99/100]})
+	data, err := json.Marshal(loadSeen{P50: sorted[len(sorted)/2], P99: sorted[len(sorted)*99/100], Took: took})
 	if err == nil {
 		err = os.WriteFile(load.Result, data, 0o600)
 	}
@@ -204,29 +191,7 @@ func (l loadClient) parsedAnswer(conn net.Conn, request *http.Request, buf []byt
 	return copy(buf, raw.Bytes()), err
 }
 
-// benchmarkPaced sends at a rate, in requests a second, and reports how long the
-// answers take.
-func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status, rate int) {
-	web := httptest.NewServer(h)
-	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: max(b.N, loadConnections), Connections: loadConnections}
-	report(b, load.runPaced(b, rate))
-}
-
-// saturation is how many requests a second a handler answers at most, on this
-// machine, of which the client takes its part.
-func saturation(b *testing.B, h http.Handler) int {
-	web := httptest.NewServer(h)
-	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Status: 200, Products: loadConnections, Requests: 100_000, Connections: loadConnections}
-	began := time.Now()
-	load.run(b)
-	rate := int(float64(load.Requests) / time.Since(began).Seconds())
-	b.Logf("a hit with everything on is answered %d times a second", rate)
-	return rate
-}
-
-func report(b *testing.B, seen latencies) {
+func report(b *testing.B, seen loadSeen) {
 	b.ReportMetric(float64(seen.P50.Nanoseconds())/1e3, "p50-µs")
 	b.ReportMetric(float64(seen.P99.Nanoseconds())/1e3, "p99-µs")
 }
@@ -246,18 +211,18 @@ func BenchmarkGetWhileCompressing(b *testing.B) {
 	if err := post(); err != nil {
 		b.Fatal(err)
 	}
-	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Products: 1, Connections: loadConnections}
-	var idle latencies
+	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Products: 1, Connections: loadConnections, Rate: pacedRate}
+	var idle loadSeen
 	b.Run("idle", func(b *testing.B) {
 		load.Requests = max(b.N, loadConnections)
-		idle = load.runPaced(b, pacedRate)
+		idle = load.run(b)
 		report(b, idle)
 	})
 	b.Run("compressing", func(b *testing.B) {
 		release := keepCompressing(b, photos, post)
 		defer release()
 		load.Requests = max(b.N, loadConnections)
-		busy := load.runPaced(b, pacedRate)
+		busy := load.run(b)
 		report(b, busy)
 		if idle.P99 > 0 {
 			b.ReportMetric(float64(busy.P99)/float64(idle.P99), "p99-of-idle")

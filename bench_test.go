@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,12 +19,38 @@ import (
 	"github.com/redis/rueidis"
 )
 
+// getCase is a way to read a product.
+type getCase struct {
+	name    string
+	handler http.Handler
+	header  http.Header
+	status  int
+}
+
 // BenchmarkGet compares what reading one product costs by where it comes from,
-// each through the whole handler with request id, log line and metrics, against
-// a bare handler that writes the same bytes: bare-whole, or bare for plain.
+// each through the whole handler with request id, log line and metrics, and what
+// a bare handler costs that writes the same bytes: bare-whole, or bare for plain.
 //
 //	make bench BENCH=Get
 func BenchmarkGet(b *testing.B) {
+	cases := getCases(b)
+	for _, c := range cases {
+		b.Run(c.name, func(b *testing.B) { benchmarkHandler(b, c) })
+	}
+	contest := newContest(b, cases)
+	for _, connections := range []int{loadConnections, 8} {
+		b.Run(fmt.Sprintf("loopback/%d", connections), func(b *testing.B) {
+			contest.run(b, loadClient{Connections: connections, Requests: 3000}, "cpu", "time")
+		})
+	}
+	atRate := func(b *testing.B, rate int) {
+		contest.run(b, loadClient{Connections: loadConnections, Requests: rate / 4, Rate: rate}, "p50", "p99")
+	}
+	b.Run("paced", func(b *testing.B) { atRate(b, pacedRate) })
+	b.Run("half", func(b *testing.B) { atRate(b, contest.saturation(b, "client-side")/2) })
+}
+
+func getCases(b *testing.B) []getCase {
 	s, _ := postgresStore(b)
 	id := benchmarkProducts(b, s)
 	enc := encoder{func(key string) string { return "https://cdn.example/" + key }}
@@ -38,15 +65,7 @@ func BenchmarkGet(b *testing.B) {
 	local := benchmarkCache(b, id, uncached, newMemoryCache(benchmarkTTL, cacheSize))
 	// Nobody listens there, and it is not even run: the breaker is open.
 	down := newCache(uncached, benchmarkRedis(b, "redis://127.0.0.1:1"), benchmarkTTL, slog.New(slog.DiscardHandler))
-	path := fmt.Sprintf("/products/%d", id)
-	etag := http.Header{"If-None-Match": {etag(doc.Version)}}
-
-	cases := []struct {
-		name    string
-		handler http.Handler
-		header  http.Header
-		status  int
-	}{
+	return []getCase{
 		{"bare", bareHandler(doc, nil), nil, 200},
 		{"bare-whole", bareHandler(doc, observedHeader()), nil, 200},
 		{"uncached", benchmarkAPI(b, uncached, enc), nil, 200},
@@ -56,43 +75,103 @@ func BenchmarkGet(b *testing.B) {
 		{"no-log", silentAPI(cached, enc), nil, 200},
 		{"client-side", benchmarkAPI(b, cached, enc), nil, 200},
 		{"in-process", benchmarkAPI(b, local, enc), nil, 200},
-		{"not-modified", benchmarkAPI(b, cached, enc), etag, 304},
+		{"not-modified", benchmarkAPI(b, cached, enc), http.Header{"If-None-Match": {etag(doc.Version)}}, 304},
 	}
-	for _, c := range cases {
-		b.Run(c.name+"/handler", func(b *testing.B) {
-			b.ReportAllocs()
-			r := httptest.NewRequest("GET", path, nil)
-			r.SetPathValue("id", strconv.FormatInt(id, 10)) // for the one case without a router
-			r.Header = c.header.Clone()
-			if r.Header == nil {
-				r.Header = make(http.Header)
+}
+
+// benchmarkHandler calls a handler without a server around it.
+func benchmarkHandler(b *testing.B, c getCase) {
+	b.ReportAllocs()
+	r := httptest.NewRequest("GET", "/products/1", nil)
+	r.SetPathValue("id", "1") // for the one case without a router
+	r.Header = c.header.Clone()
+	if r.Header == nil {
+		r.Header = make(http.Header)
+	}
+	w := &discardResponse{header: make(http.Header)}
+	for b.Loop() {
+		clear(w.header)
+		c.handler.ServeHTTP(w, r)
+	}
+	if w.status != c.status {
+		b.Fatalf("status %d, want %d", w.status, c.status)
+	}
+}
+
+// contest has a server for each case, in this process, while the requests come
+// from another.
+type contest struct {
+	cases   []getCase
+	servers []*httptest.Server
+}
+
+// rivals are the pairs of cases of which the first is compared with the second.
+var rivals = [][2]string{
+	{"plain", "bare"},
+	{"no-log", "bare-whole"}, {"client-side", "bare-whole"}, {"in-process", "bare-whole"}, {"not-modified", "bare-whole"},
+	{"redis", "bare-whole"}, {"uncached", "bare-whole"},
+	{"redis-down", "uncached"}, {"uncached", "client-side"},
+}
+
+func newContest(b *testing.B, cases []getCase) contest {
+	c := contest{cases: cases}
+	for _, one := range cases {
+		server := httptest.NewServer(one.handler)
+		b.Cleanup(server.Close)
+		c.servers = append(c.servers, server)
+	}
+	return c
+}
+
+// turns is how often each case answers a burst of requests. A burst is short, since
+// what it is compared with is the other's just before or after it: the speed of
+// a machine that others share changes from second to second, and the median of
+// such ratios hardly does.
+const turns = 5
+
+// run reports, for each pair of rivals and each of the measures named, the median
+// over all turns of the first's part of the second's.
+func (c contest) run(b *testing.B, load loadClient, measures ...string) {
+	ratios := make(map[string][]float64)
+	for b.Loop() {
+		for range turns {
+			seen := make(map[string]map[string]float64)
+			for n, one := range c.cases {
+				seen[one.name] = c.burst(b, n, load)
 			}
-			w := &discardResponse{header: make(http.Header)}
-			for b.Loop() {
-				clear(w.header)
-				c.handler.ServeHTTP(w, r)
+			for _, pair := range rivals {
+				for _, measure := range measures {
+					unit := fmt.Sprintf("%s:%s/%s", measure, pair[0], pair[1])
+					ratios[unit] = append(ratios[unit], seen[pair[0]][measure]/seen[pair[1]][measure])
+				}
 			}
-			if w.status != c.status {
-				b.Fatalf("status %d, want %d", w.status, c.status)
-			}
-		})
+		}
 	}
-	for _, c := range cases {
-		b.Run(c.name+"/loopback", func(b *testing.B) { benchmarkLoopback(b, c.handler, c.header, c.status, loadConnections) })
-		b.Run(c.name+"/few", func(b *testing.B) { benchmarkLoopback(b, c.handler, c.header, c.status, fewConnections) })
+	b.ReportMetric(0, "ns/op") // which says nothing here
+	for unit, all := range ratios {
+		slices.Sort(all)
+		b.ReportMetric(all[len(all)/2], unit)
 	}
-	for _, c := range cases {
-		b.Run(c.name+"/paced", func(b *testing.B) { benchmarkPaced(b, c.handler, c.header, c.status, pacedRate) })
+}
+
+// burst answers what the requests cost this process, and what their client saw.
+func (c contest) burst(b *testing.B, n int, load loadClient) map[string]float64 {
+	load.Addr, load.Header, load.Status, load.Products = c.servers[n].Listener.Addr().String(), c.cases[n].header, c.cases[n].status, loadConnections
+	before := cpuTime(b)
+	seen := load.run(b)
+	return map[string]float64{
+		"cpu": float64(cpuTime(b) - before), "time": float64(seen.Took),
+		"p50": float64(seen.P50), "p99": float64(seen.P99),
 	}
-	// The same rate for all, so that it is half of saturation for a hit.
-	half := sync.OnceValue(func() int { return saturation(b, benchmarkAPI(b, cached, enc)) / 2 })
-	for _, c := range cases {
-		b.Run(c.name+"/half", func(b *testing.B) {
-			rate := half()
-			b.ResetTimer() // the first has measured the rate
-			benchmarkPaced(b, c.handler, c.header, c.status, rate)
-		})
-	}
+}
+
+// saturation is how many requests a second a case answers at most, on this machine,
+// of which the client takes its part.
+func (c contest) saturation(b *testing.B, name string) int {
+	n := slices.IndexFunc(c.cases, func(one getCase) bool { return one.name == name })
+	const requests = 100_000
+	took := c.burst(b, n, loadClient{Connections: loadConnections, Requests: requests})["time"]
+	return int(requests / time.Duration(took).Seconds())
 }
 
 // benchmarkTTL is longer than a benchmark: an entry that ends in its midst is a miss.
@@ -272,20 +351,6 @@ func (w *discardResponse) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 func (w *discardResponse) WriteHeader(status int) { w.status = status }
-
-// benchmarkLoopback has another process send the requests, as fast as they are
-// answered, so that what this one spends (cpu-µs/op) is the server's alone. What
-// the other spends (client-µs/op) is not there to answer requests with.
-func benchmarkLoopback(b *testing.B, h http.Handler, header http.Header, status, connections int) {
-	web := httptest.NewServer(h)
-	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: b.N, Connections: connections}
-	before := cpuTime(b)
-	client := load.run(b)
-	perOp := func(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 / float64(b.N) }
-	b.ReportMetric(perOp(cpuTime(b)-before), "cpu-µs/op")
-	b.ReportMetric(perOp(client), "client-µs/op")
-}
 
 // cpuTime is what this process has used, in user and in system mode.
 func cpuTime(b *testing.B) time.Duration {
