@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -39,18 +40,28 @@ const (
 // loadClient is what a client is to send, and the status that it must get.
 type loadClient struct {
 	Addr        string
+	Method      string   // GET if it is empty
+	Paths       []string // each connection asks for one; with as many of them no two share a read by chance
+	Body        string
 	Header      http.Header
 	Status      int
-	Products    int // those from 1 on are read; with as many connections, each has one of its own and no two share a read by chance
 	Requests    int
 	Connections int
 	Rate        int    // requests a second; 0: as fast as they are answered
-	Result      string // the file for the latencies; with Rate only
+	Result      string // the file for what the client has seen, if anybody wants it
+}
+
+// productPaths are those of the first n products.
+func productPaths(n int) (paths []string) {
+	for id := range n {
+		paths = append(paths, fmt.Sprintf("/products/%d", id+1))
+	}
+	return paths
 }
 
 // run runs the client in a process of its own until it has sent everything. It
 // answers what the client used of the CPU.
-func (l loadClient) run(b *testing.B) time.Duration {
+func (l loadClient) run(b testing.TB) time.Duration {
 	b.Helper()
 	spec, err := json.Marshal(l)
 	if err != nil {
@@ -64,11 +75,12 @@ func (l loadClient) run(b *testing.B) time.Duration {
 	return client.ProcessState.UserTime() + client.ProcessState.SystemTime()
 }
 
-// latencies are percentiles of what a paced client has seen.
-type latencies struct{ P50, P99 time.Duration }
+// latencies are percentiles of what a client has seen, and the time that it took for all.
+type latencies struct{ P50, P99, All time.Duration }
 
-// runPaced is run at a rate. It answers how long the requests took.
-func (l loadClient) runPaced(b *testing.B, rate int) (seen latencies) {
+// runPaced is run at a rate, or with 0 as fast as requests are answered. It
+// answers how long they took.
+func (l loadClient) runPaced(b testing.TB, rate int) (seen latencies) {
 	b.Helper()
 	l.Rate, l.Result = rate, filepath.Join(b.TempDir(), "latencies")
 	l.run(b)
@@ -98,7 +110,7 @@ func TestLoadClient(t *testing.T) {
 		requests := (load.Requests + n) / load.Connections
 		group.Go(func() (err error) {
 			pace := load.pace(began, n)
-			all[n], err = load.send(fmt.Sprintf("/products/%d", n%load.Products+1), requests, pace)
+			all[n], err = load.send(load.Paths[n%len(load.Paths)], requests, pace)
 			return err
 		})
 	}
@@ -108,8 +120,9 @@ func TestLoadClient(t *testing.T) {
 	if load.Result == "" {
 		return
 	}
+	took := time.Since(began)
 	sorted := slices.Sorted(slices.Values(slices.Concat(all...)))
-	data, err := json.Marshal(latencies{sorted[len(sorted)/2], sorted[len(sorted)*99/100]})
+	data, err := json.Marshal(latencies{sorted[len(sorted)/2], sorted[len(sorted)*99/100], took})
 	if err == nil {
 		err = os.WriteFile(load.Result, data, 0o600)
 	}
@@ -157,7 +170,7 @@ func (l loadClient) send(path string, n int, pace *pace) (took []time.Duration, 
 		return nil, err
 	}
 	defer conn.Close()
-	request, err := http.NewRequest("GET", "http://"+l.Addr+path, nil)
+	request, err := http.NewRequest(l.Method, "http://"+l.Addr+path, strings.NewReader(l.Body))
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +182,7 @@ func (l loadClient) send(path string, n int, pace *pace) (took []time.Duration, 
 	if err := conn.SetDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 		return nil, err
 	}
-	buf := make([]byte, 64<<10)
+	buf := make([]byte, 128<<10)
 	size := 0
 	for done := range n {
 		begin := pace.next()
@@ -209,7 +222,7 @@ func (l loadClient) parsedAnswer(conn net.Conn, request *http.Request, buf []byt
 func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status, rate int) {
 	web := httptest.NewServer(h)
 	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: max(b.N, loadConnections), Connections: loadConnections}
+	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Paths: productPaths(loadConnections), Requests: max(b.N, loadConnections), Connections: loadConnections}
 	report(b, load.runPaced(b, rate))
 }
 
@@ -218,7 +231,7 @@ func benchmarkPaced(b *testing.B, h http.Handler, header http.Header, status, ra
 func saturation(b *testing.B, h http.Handler) int {
 	web := httptest.NewServer(h)
 	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Status: 200, Products: loadConnections, Requests: 100_000, Connections: loadConnections}
+	load := loadClient{Addr: web.Listener.Addr().String(), Status: 200, Paths: productPaths(loadConnections), Requests: 100_000, Connections: loadConnections}
 	began := time.Now()
 	load.run(b)
 	rate := int(float64(load.Requests) / time.Since(began).Seconds())
@@ -246,7 +259,7 @@ func BenchmarkGetWhileCompressing(b *testing.B) {
 	if err := post(); err != nil {
 		b.Fatal(err)
 	}
-	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Products: 1, Connections: loadConnections}
+	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Paths: productPaths(1), Connections: loadConnections}
 	var idle latencies
 	b.Run("idle", func(b *testing.B) {
 		load.Requests = max(b.N, loadConnections)

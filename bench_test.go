@@ -279,7 +279,7 @@ func (w *discardResponse) WriteHeader(status int) { w.status = status }
 func benchmarkLoopback(b *testing.B, h http.Handler, header http.Header, status, connections int) {
 	web := httptest.NewServer(h)
 	defer web.Close()
-	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Products: loadConnections, Requests: b.N, Connections: connections}
+	load := loadClient{Addr: web.Listener.Addr().String(), Header: header, Status: status, Paths: productPaths(loadConnections), Requests: b.N, Connections: connections}
 	before := cpuTime(b)
 	client := load.run(b)
 	perOp := func(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 / float64(b.N) }
