@@ -272,10 +272,13 @@ func embeddedPeer(t *testing.T, sources string) *peer {
 	return p
 }
 
-// serversPeer has its images made by a worker, whose CPU does not count.
+// serversPeer has its images made by a worker, whose CPU does not count. The S3
+// server goes with all that it has: to empty a shared one would take minutes.
 func serversPeer(t *testing.T, sources string) *peer {
 	t.Helper()
-	env := serverEnv(t)
+	env := bucketEnv(startS3(t).newBucket(t))
+	env["DATABASE_URL"], env["REDIS_URL"], env["AMQP_URL"] = testDatabase(t), testRedis(t), testAMQP(t)
+	seedUser(t, env)
 	execPostgres(t, env["DATABASE_URL"], ourSeed+"; ANALYZE")
 	db, err := openPostgres(t.Context(), env["DATABASE_URL"])
 	if err != nil {
