@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency console lists slow-clients fuzz compare-images api-check deploy-check docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency console lists slow-clients fuzz compare-images peers api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -103,6 +103,15 @@ slow-clients: servers tools
 ## compare-images: CPU, bytes, memory and likeness against sharp (npm), on real photographs
 compare-images:
 	@scripts/compare-images.sh
+
+## peers: requests a second, CPU, latency and memory against PocketBase, by one client, in turns; 5 to 15 minutes
+peers: servers tools $(bin)/pocketbase
+	@PEERS=$(CURDIR)/$(bin) REQUIRE_SERVERS=1 go test -count=1 -run '^TestCompareWithPeers$$' -v -timeout 60m .
+
+$(bin)/pocketbase: tools/peers/go.mod tools/peers/go.sum tools/peers/main.go
+	@mkdir -p $(bin)
+	@CGO_ENABLED=0 go build -C tools/peers -o $(out)/pocketbase .
+	@$(call phase,PocketBase is built)
 
 ## chaos: everything is killed, frozen and cut off while products come in, and the program at every step; an audit of what became of it all; 10 minutes
 # CHAOS_IMAGES, CHAOS_FAULTS and CHAOS_DURATION make it longer or shorter, CHAOS_SEED repeats a choice of faults.

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -35,13 +36,23 @@ const (
 // loadClient is what a client is to send, and the status that it must get.
 type loadClient struct {
 	Addr        string
+	Method      string   // GET if it is empty
+	Paths       []string // each connection asks for one; with as many of them no two share a read by chance
+	Body        string
 	Header      http.Header
 	Status      int
-	Products    int // those from 1 on are read; with as many connections, each has one of its own and no two share a read by chance
 	Requests    int
 	Connections int
 	Rate        int    // requests a second; 0: as fast as they are answered
 	Result      string // the file for what it has seen
+}
+
+// productPaths are those of the first n products.
+func productPaths(n int) (paths []string) {
+	for id := range n {
+		paths = append(paths, fmt.Sprintf("/products/%d", id+1))
+	}
+	return paths
 }
 
 // loadSeen is what a client has seen: how long its requests took, by percentiles,
@@ -49,7 +60,7 @@ type loadClient struct {
 type loadSeen struct{ P50, P99, Took time.Duration }
 
 // run runs the client in a process of its own until it has sent everything.
-func (l loadClient) run(b *testing.B) (seen loadSeen) {
+func (l loadClient) run(b testing.TB) (seen loadSeen) {
 	b.Helper()
 	l.Result = filepath.Join(b.TempDir(), "seen")
 	spec, err := json.Marshal(l)
@@ -87,7 +98,7 @@ func TestLoadClient(t *testing.T) {
 		requests := (load.Requests + n) / load.Connections
 		group.Go(func() (err error) {
 			pace := load.pace(began, n)
-			all[n], err = load.send(fmt.Sprintf("/products/%d", n%load.Products+1), requests, pace)
+			all[n], err = load.send(load.Paths[n%len(load.Paths)], requests, pace)
 			return err
 		})
 	}
@@ -144,7 +155,7 @@ func (l loadClient) send(path string, n int, pace *pace) (took []time.Duration, 
 		return nil, err
 	}
 	defer conn.Close()
-	request, err := http.NewRequest("GET", "http://"+l.Addr+path, nil)
+	request, err := http.NewRequest(l.Method, "http://"+l.Addr+path, strings.NewReader(l.Body))
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +167,7 @@ func (l loadClient) send(path string, n int, pace *pace) (took []time.Duration, 
 	if err := conn.SetDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 		return nil, err
 	}
-	buf := make([]byte, 64<<10)
+	buf := make([]byte, 128<<10)
 	size := 0
 	for done := range n {
 		begin := pace.next()
@@ -211,7 +222,7 @@ func BenchmarkGetWhileCompressing(b *testing.B) {
 	if err := post(); err != nil {
 		b.Fatal(err)
 	}
-	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Products: 1, Connections: loadConnections, Rate: pacedRate}
+	load := loadClient{Addr: shop.url[len("http://"):], Status: 200, Paths: productPaths(1), Connections: loadConnections, Rate: pacedRate}
 	var idle loadSeen
 	b.Run("idle", func(b *testing.B) {
 		load.Requests = max(b.N, loadConnections)

@@ -156,7 +156,7 @@ func (c contest) run(b *testing.B, load loadClient, measures ...string) {
 
 // burst answers what the requests cost this process, and what their client saw.
 func (c contest) burst(b *testing.B, n int, load loadClient) map[string]float64 {
-	load.Addr, load.Header, load.Status, load.Products = c.servers[n].Listener.Addr().String(), c.cases[n].header, c.cases[n].status, loadConnections
+	load.Addr, load.Header, load.Status, load.Paths = c.servers[n].Listener.Addr().String(), c.cases[n].header, c.cases[n].status, productPaths(loadConnections)
 	before := cpuTime(b)
 	seen := load.run(b)
 	return map[string]float64{

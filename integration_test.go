@@ -995,10 +995,13 @@ func TestRealPhotographs(t *testing.T) {
 }
 
 // peakMemory is the most memory that a process has had resident so far.
-func peakMemory(t *testing.T, pid int) int64 {
+func peakMemory(t *testing.T, pid int) int64 { t.Helper(); return memoryOf(t, pid, "VmHWM:") }
+
+// memoryOf is a field of /proc/PID/status (proc(5)), in bytes.
+func memoryOf(t *testing.T, pid int, field string) int64 {
 	t.Helper()
 	status := readFile(t, fmt.Sprintf("/proc/%d/status", pid))
-	_, after, _ := strings.Cut(string(status), "VmHWM:")
+	_, after, _ := strings.Cut(string(status), field)
 	kib, err := strconv.ParseInt(strings.Fields(after)[0], 10, 64)
 	if err != nil {
 		t.Fatal(err)
