@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency console lists slow-clients fuzz compare-images peers api-check deploy-check docker-test clean
+.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency soak console lists slow-clients fuzz compare-images peers api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
@@ -122,6 +122,10 @@ chaos: servers tools
 ## consistency: a million reads while Redis is hurt, checked against what clients may see; some minutes
 consistency: servers tools
 	@REQUIRE_SERVERS=1 CONSISTENCY_READS=1000000 go test -count=1 -run '^TestReadsAreConsistent$$' -v -timeout 60m .
+
+## soak: all that clients do, in rounds, for SOAK_DURATION (20m); nothing may grow, in the processes and on the servers
+soak: servers tools
+	@REQUIRE_SERVERS=1 SOAK_DURATION=$${SOAK_DURATION:-20m} go test -count=1 -run '^TestSoak$$' -v -timeout 25h .
 
 ## console: the walk through the console in every look; its pictures are in .cache/screenshots
 console: servers tools

@@ -371,7 +371,7 @@ func (a *auditor) count(ctx context.Context, condition string) (n int, err error
 
 // letTimePass moves what waits for a time closer by d: leases of dead
 // dispatchers, objects whose upload was never settled, copies of dead letters
-// that are on their way. Nothing may be at work on them, or it would take its own
+// that are on their way, and what is kept for a time. Nothing may be at work on them, or it would take its own
 // lease for another's.
 func (a *auditor) letTimePass(t *testing.T, d time.Duration) {
 	t.Helper()
@@ -379,6 +379,9 @@ func (a *auditor) letTimePass(t *testing.T, d time.Duration) {
 		`UPDATE images SET run_at = run_at - $1::interval WHERE run_at IS NOT NULL AND status = 'pending'`,
 		`UPDATE images SET failed_at = failed_at - $1::interval WHERE status = 'failed'`,
 		`UPDATE garbage SET delete_at = delete_at - $1::interval`,
+		`UPDATE events SET created_at = created_at - $1::interval`,
+		`UPDATE idempotency_keys SET created_at = created_at - $1::interval`,
+		`UPDATE deliveries SET failed_at = failed_at - $1::interval`,
 	} {
 		if _, err := a.db.Exec(t.Context(), sql, d); err != nil {
 			t.Fatalf("let time pass: %v", err)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -282,10 +283,14 @@ var hostModes = map[string]http.HandlerFunc{
 // below RETRY_ATTEMPTS: what is good in the end must not be dead before.
 const mostTroubles = 3
 
-// chaosHost serves /kind/n for each kind of imageEnds.
+// slowAnswer is how long what is slow takes.
+const slowAnswer = 100 * time.Millisecond
+
+// chaosHost serves /kind/n for each kind of imageEnds, and of a soak.
 type chaosHost struct {
 	*httptest.Server
-	photos [][]byte
+	photos  [][]byte
+	changes atomic.Int64 // what is "changing" is another photo each time
 
 	mu       sync.Mutex
 	mode     string         // a key of hostModes, or "" when it is well
@@ -318,8 +323,16 @@ func (h *chaosHost) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	switch kind {
+	case "slow":
+		<-time.After(slowAnswer)
+		w.Write(h.photos[n%len(h.photos)])
+	case "changing":
+		w.Write(h.photos[int(h.changes.Add(1))%len(h.photos)])
 	case "photo", "flaky":
 		w.Write(h.photos[n%len(h.photos)])
+	case "broken":
+		photo := h.photos[n%len(h.photos)]
+		w.Write(photo[:len(photo)/2])
 	case "text":
 		fmt.Fprint(w, "<html>not an image</html>")
 	case "elsewhere":

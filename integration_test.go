@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -35,6 +36,7 @@ type instance struct {
 	kill func()       // as SIGKILL does; only a process can be killed
 	wait func() error // until it ends by itself; only a process does
 	pid  int
+	web  *http.Client // who speaks to it; nil: http.DefaultClient
 }
 
 // environment are settings for tests; later maps win.
@@ -341,7 +343,7 @@ func (i *instance) sendWith(method, path string, body any, header http.Header, o
 	}
 	maps.Copy(request.Header, header)
 	request.Header.Set("Content-Type", "application/json")
-	response, err := http.DefaultClient.Do(request)
+	response, err := cmp.Or(i.web, http.DefaultClient).Do(request)
 	if err != nil {
 		return nil, err
 	}

@@ -327,13 +327,18 @@ func (e *s3Env) deleteBucket(t testing.TB) {
 func freshName() string { return "pms_test_" + strings.ToLower(rand.Text()) }
 
 // rabbitctl runs an operator's command on a private RabbitMQ.
-func rabbitctl(t testing.TB, s *testServer, args ...string) {
+func rabbitctl(t testing.TB, s *testServer, args ...string) (stdout string) {
 	t.Helper()
 	server := rabbitCommand(s)
 	cmd := exec.Command(filepath.Join(filepath.Dir(server.Path), "rabbitmqctl"), args...)
 	cmd.Env = server.Env
 	s.confine(cmd)
-	if out, err := cmd.CombinedOutput(); err != nil {
+	out, err := cmd.Output()
+	if exit, failed := errors.AsType[*exec.ExitError](err); failed {
+		out = append(out, exit.Stderr...)
+	}
+	if err != nil {
 		t.Fatalf("rabbitmqctl %v: %v\n%s", args, err, out)
 	}
+	return string(out)
 }
