@@ -210,7 +210,8 @@ func readGIFHeader(data []byte) (imageHeader, error) {
 	return h, nil
 }
 
-// readWebPHeader reads the size as the decoder sees it, and the chunks.
+// readWebPHeader reads the size as the decoder sees it, and the chunks. The decoder
+// would take a frame from a chunk that claims to be longer than the file too.
 func readWebPHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatWebP}
 	config, err := webp.DecodeConfig(bytes.NewReader(data))
@@ -218,20 +219,25 @@ func readWebPHeader(data []byte) (imageHeader, error) {
 		return h, permanent("corrupt_image", "decode webp header: %v", err)
 	}
 	h.Width, h.Height = config.Width, config.Height
-	alpha, lossless := false, false
+	whole, alpha, lossless := false, false, false
 	for c := range webpChunks(data) {
 		switch c.kind {
 		case "ANMF": // its kind is not looked up: the dearest is assumed
-			h.Animated, alpha, lossless = true, true, true
+			h.Animated, whole, alpha, lossless = true, true, true, true
 		case "ALPH":
 			alpha = true
+		case "VP8 ":
+			whole = true
 		case "VP8L":
-			lossless = true
+			whole, lossless = true, true
 		case "EXIF":
 			h.Orientation = exifOrientation(c.body)
 		case "ICCP":
 			h.Profile = foreignProfile(c.body)
 		}
+	}
+	if !whole {
+		return h, permanent("corrupt_image", "webp without a whole frame")
 	}
 	h.decodeBytes, h.outputBytes = webpCost(h, alpha, lossless, int64(len(data)))
 	return h, nil
