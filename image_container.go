@@ -299,7 +299,11 @@ func stripJPEG(data []byte, keepProfile bool) ([]byte, bool) {
 	out := make([]byte, 0, len(data))
 	for s := range jpegSegments(data) {
 		switch s.kind {
-		case jpegSOI, jpegSOF0, jpegSOF1, jpegSOF2, jpegDHT, jpegDQT, jpegDRI, jpegSOS:
+		case jpegSOI: // decoders refuse a second one
+			if len(out) == 0 {
+				out = append(out, s.raw...)
+			}
+		case jpegSOF0, jpegSOF1, jpegSOF2, jpegDHT, jpegDQT, jpegDRI, jpegSOS:
 			out = append(out, s.raw...)
 		case jpegAPP0:
 			out = appendJFIF(out, s)

@@ -180,18 +180,47 @@ func TestGreyOfAdobeIsGrey(t *testing.T) {
 // What other decoders refuse must not be published as it is.
 func TestJPEGsThatOthersRefuse(t *testing.T) {
 	t.Parallel()
-	data := cjpeg(t, photo(149, 83))
+	data, progressive := cjpeg(t, photo(149, 83)), cjpeg(t, photo(149, 83), "-progressive")
 	at := bytes.Index(data, []byte("\xff"+jpegSOF0))
 	frame := data[at : at+19]
 	large := bytes.Clone(data)
 	large[at+11] = 0x44 // eighteen blocks in an MCU
-	for want, file := range map[error][]byte{
-		errJPEGFrames:   slices.Concat(data[:len(data)-2], frame, data[len(data)-2:]),
-		errJPEGSampling: large,
+	for name, test := range map[string]struct {
+		file []byte
+		want error
+	}{
+		"a second frame header":        {slices.Concat(data[:len(data)-2], frame, data[len(data)-2:]), errJPEGFrames},
+		"too large an MCU":             {large, errJPEGSampling},
+		"a scan that refines too late": {bytes.Replace(progressive, []byte("\x01\x3f\x21"), []byte("\x01\x3f\x31"), 1), errJPEGScanHeader},
+		"a code of all ones":           {bytes.Replace(data, dcTable(1, "\x0b"), dcTable(2, "\x0b\x0c"), 1), errJPEGTable},
+		"a DC coefficient of 16 bits":  {bytes.Replace(data, dcTable(1, "\x0b"), dcTable(1, "\x10"), 1), errJPEGTable},
 	} {
-		if _, _, err, _ := decodeBoth(file, data, 200); !errors.Is(err, want) {
-			t.Errorf("%v, want %v", err, want)
+		if _, _, err, _ := decodeBoth(test.file, data, 200); !errors.Is(err, test.want) {
+			t.Errorf("%s: %v, want %v", name, err, test.want)
 		}
+		if _, err := djpeg(t, test.file); err == nil {
+			t.Errorf("%s is not refused by libjpeg", name)
+		}
+	}
+}
+
+// dcTable is the first DC table of T.81, table K.3, with as many codes of nine bits,
+// for other symbols.
+func dcTable(longest byte, symbols string) []byte {
+	return []byte("\xff\xc4\x00" + string(30+longest) + "\x00\x00\x01\x05\x01\x01\x01\x01\x01" + string(longest) +
+		"\x00\x00\x00\x00\x00\x00\x00\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a" + symbols)
+}
+
+// libjpeg refuses a second start marker, which is skipped here.
+func TestKeptJPEGHasOneStart(t *testing.T) {
+	t.Parallel()
+	poor := encodeJPEGPlanes(photo(160, 120), 20, nil) // kept, since quality 80 is larger
+	c, _ := mustCompress(t, slices.Concat(poor[:2], poor), 2048)
+	if !bytes.Equal(c.Data, poor) {
+		t.Errorf("%d bytes of %s, want %d", len(c.Data), c.Ext, len(poor))
+	}
+	if _, err := djpeg(t, c.Data); err != nil {
+		t.Error(err)
 	}
 }
 
