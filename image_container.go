@@ -373,7 +373,7 @@ func stripWebP(data []byte, keepProfile bool) ([]byte, bool) {
 			if len(body) != 10 {
 				return nil, false
 			}
-			body[0] &^= webpXMPFlag | webpEXIFFlag
+			body[0] &^= webpAnimationFlag | webpXMPFlag | webpEXIFFlag
 			if !keepProfile {
 				body[0] &^= webpProfileFlag
 			}
