@@ -311,10 +311,8 @@ func stripJPEG(data []byte, keepProfile bool) ([]byte, bool) {
 			if keepProfile && bytes.HasPrefix(s.body, []byte(jpegProfileName)) {
 				out = append(out, s.raw...)
 			}
-		case jpegAPP14: // Adobe's, which tells YCbCr from RGB
-			if len(s.body) == 12 && bytes.HasPrefix(s.body, []byte("Adobe")) {
-				out = append(out, s.raw...)
-			}
+		case jpegAPP14:
+			out = appendAdobe(out, s)
 		case jpegEOI:
 			return append(out, s.raw...), true
 		}
@@ -330,6 +328,18 @@ func appendJFIF(out []byte, s segment) []byte {
 	out = append(out, 0xff, 0xe0, 0, 16)
 	out = append(out, s.body[:12]...)
 	return append(out, 0, 0)
+}
+
+// isAdobe reports whether an APP14 is Adobe's, whose twelfth byte is zero for RGB and
+// CMYK, else YCbCr or YCCK. More may follow.
+func isAdobe(body []byte) bool { return len(body) >= 12 && bytes.HasPrefix(body, []byte("Adobe")) }
+
+// appendAdobe copies Adobe's segment without what follows in it, and no other APP14.
+func appendAdobe(out []byte, s segment) []byte {
+	if !isAdobe(s.body) {
+		return out
+	}
+	return append(append(out, 0xff, 0xee, 0, 14), s.body[:12]...)
 }
 
 // stripPNG keeps the critical chunks and those that change how pixels look.

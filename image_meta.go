@@ -18,7 +18,7 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatJPEG}
 	var frame jpegFrame
 	var profile jpegProfile
-	jfif := false
+	jfif, adobe, transform := false, false, byte(0)
 	for s := range jpegSegments(data) {
 		switch {
 		case s.kind == jpegAPP1 && bytes.HasPrefix(s.body, []byte(exifName)):
@@ -27,8 +27,8 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 			profile.add(s.body)
 		case s.kind == jpegAPP0 && bytes.HasPrefix(s.body, []byte("JFIF\x00")):
 			jfif = true
-		case s.kind == jpegAPP14 && len(s.body) >= 12 && bytes.HasPrefix(s.body, []byte("Adobe")):
-			frame.rgb = s.body[11] == 0 // no transform
+		case s.kind == jpegAPP14 && isAdobe(s.body):
+			adobe, transform = true, s.body[11]
 		case isJPEGFrame(s.kind):
 			if frame.components != nil || !frame.parse(s) {
 				return h, permanent("corrupt_image", "jpeg with a frame header that cannot be read (marker %x)", s.kind)
@@ -42,7 +42,7 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 	if frame.components == nil {
 		return h, permanent("corrupt_image", "jpeg without a frame header")
 	}
-	frame.rgb = len(frame.components) == 3 && !jfif && (frame.rgb || frame.named("RGB"))
+	frame.rgb = len(frame.components) == 3 && !jfif && (adobe && transform == 0 || !adobe && frame.named("RGB"))
 	if err := frame.checkScans(data); err != nil {
 		return h, err
 	}

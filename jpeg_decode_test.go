@@ -167,6 +167,62 @@ func TestRGBInJPEG(t *testing.T) {
 	alike(t, data, data, 40)
 }
 
+// What says whether an image is RGB is read as libjpeg does, and what is stored of it
+// says the same.
+func TestRGBIsShownAsRGB(t *testing.T) {
+	t.Parallel()
+	var bare []byte // without Adobe's segment
+	for s := range jpegSegments(cjpeg(t, photo(40, 30), "-rgb")) {
+		if s.kind != jpegAPP14 {
+			bare = append(bare, s.raw...)
+		}
+	}
+	numbered := bytes.Clone(bare)
+	for n, name := range []byte("RGB") {
+		numbered[bytes.Index(numbered, []byte("\xff"+jpegSOF0))+10+3*n] = byte(n + 1)
+		numbered[bytes.Index(numbered, []byte("\xff"+jpegSOS))+5+2*n] = byte(n + 1)
+		if bare[bytes.Index(bare, []byte("\xff"+jpegSOS))+5+2*n] != name {
+			t.Fatal("the components have other names")
+		}
+	}
+	const adobe = "Adobe\x00\x64\x00\x00\x00\x00"
+	for names, data := range map[string][]byte{"RGB": bare, "123": numbered} {
+		for adobeName, file := range map[string][]byte{
+			"none": data, "RGB": withJPEGSegment(data, 0xee, adobe+"\x00"), "YCbCr": withJPEGSegment(data, 0xee, adobe+"\x01"),
+			"RGB and more": withJPEGSegment(data, 0xee, adobe+"\x00x"), "YCbCr and more": withJPEGSegment(data, 0xee, adobe+"\x01x"),
+			"cut": withJPEGSegment(data, 0xee, adobe), "another's": withJPEGSegment(data, 0xee, "Aaobe\x00\x64\x00\x00\x00\x00\x00"),
+		} {
+			t.Run(names+", Adobe: "+adobeName, func(t *testing.T) {
+				t.Parallel()
+				shownAlike(t, file)
+				shownAlike(t, withJPEGSegment(file, 0xe0, "JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"))
+			})
+		}
+	}
+}
+
+// shownAlike fails the test if libjpeg sees something else in a JPEG than in what is
+// kept of it, or than what is decoded here.
+func shownAlike(t *testing.T, data []byte) {
+	t.Helper()
+	want, err := djpeg(t, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := headerOf(t, data)
+	kept, _ := keepSource(h, data)
+	got, err := djpeg(t, kept.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	comparePixels(t, got, want, 0, 0)
+	d, err := decodeImage(data, h, maxImageSide, imageTools{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	comparePixels(t, d.img, want, 10, 80) // chroma has a quarter of the samples now
+}
+
 // A grey image has no transform, and Adobe's segment says so.
 func TestGreyOfAdobeIsGrey(t *testing.T) {
 	t.Parallel()
