@@ -77,7 +77,7 @@ func (c *config) settings() []setting {
 		{"CACHE_TTL", "60s", "how long a cached product may be served after a lost invalidation", duration(&c.CacheTTL, time.Second, 24*time.Hour)},
 		{"CACHE_SIZE", "64MiB", "memory for cached products in the process, the copies of what is in Redis included", byteSize(&c.CacheSize, 1<<20)},
 		{"IMAGE_WORKERS", strconv.Itoa(cpus), "images decoded and encoded at once; default: the number of CPUs", number(&c.Image.Workers, 1, 1024)},
-		{"IMAGE_MEMORY", "256MiB", "memory that decoded images may hold at once", byteSize(&c.Image.Memory, 1<<20)},
+		{"IMAGE_MEMORY", "256MiB", "memory that decoded images, and results that wait to be stored, may hold at once", byteSize(&c.Image.Memory, 2*fixedCost)},
 		{"IMAGE_MAX_BYTES", "32MiB", "largest download", byteSize(&c.FetchLimits.MaxBytes, 1)},
 		{"IMAGE_MAX_PIXELS", "50000000", "largest width × height", number(&c.Image.MaxPixels, 1, 1<<40)},
 		{"IMAGE_MAX_SIDE", "2048", "compressed images fit in a square of this side", number(&c.Image.MaxSide, 1, 65535)},

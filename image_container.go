@@ -299,7 +299,11 @@ func stripJPEG(data []byte, keepProfile bool) ([]byte, bool) {
 	out := make([]byte, 0, len(data))
 	for s := range jpegSegments(data) {
 		switch s.kind {
-		case jpegSOI, jpegSOF0, jpegSOF1, jpegSOF2, jpegDHT, jpegDQT, jpegDRI, jpegSOS:
+		case jpegSOI: // decoders refuse a second one
+			if len(out) == 0 {
+				out = append(out, s.raw...)
+			}
+		case jpegSOF0, jpegSOF1, jpegSOF2, jpegDHT, jpegDQT, jpegDRI, jpegSOS:
 			out = append(out, s.raw...)
 		case jpegAPP0:
 			out = appendJFIF(out, s)
@@ -307,10 +311,8 @@ func stripJPEG(data []byte, keepProfile bool) ([]byte, bool) {
 			if keepProfile && bytes.HasPrefix(s.body, []byte(jpegProfileName)) {
 				out = append(out, s.raw...)
 			}
-		case jpegAPP14: // Adobe's, which tells YCbCr from RGB
-			if len(s.body) == 12 && bytes.HasPrefix(s.body, []byte("Adobe")) {
-				out = append(out, s.raw...)
-			}
+		case jpegAPP14:
+			out = appendAdobe(out, s)
 		case jpegEOI:
 			return append(out, s.raw...), true
 		}
@@ -326,6 +328,18 @@ func appendJFIF(out []byte, s segment) []byte {
 	out = append(out, 0xff, 0xe0, 0, 16)
 	out = append(out, s.body[:12]...)
 	return append(out, 0, 0)
+}
+
+// isAdobe reports whether an APP14 is Adobe's, whose twelfth byte is zero for RGB and
+// CMYK, else YCbCr or YCCK. More may follow.
+func isAdobe(body []byte) bool { return len(body) >= 12 && bytes.HasPrefix(body, []byte("Adobe")) }
+
+// appendAdobe copies Adobe's segment without what follows in it, and no other APP14.
+func appendAdobe(out []byte, s segment) []byte {
+	if !isAdobe(s.body) {
+		return out
+	}
+	return append(append(out, 0xff, 0xee, 0, 14), s.body[:12]...)
 }
 
 // stripPNG keeps the critical chunks and those that change how pixels look.
@@ -369,7 +383,7 @@ func stripWebP(data []byte, keepProfile bool) ([]byte, bool) {
 			if len(body) != 10 {
 				return nil, false
 			}
-			body[0] &^= webpXMPFlag | webpEXIFFlag
+			body[0] &^= webpAnimationFlag | webpXMPFlag | webpEXIFFlag
 			if !keepProfile {
 				body[0] &^= webpProfileFlag
 			}

@@ -145,6 +145,7 @@ func bombs(t *testing.T) []hostileImage {
 		{"PNG with a side of 2³²-1", pngHeaderOf(1<<32-1, 1), "too_many_pixels"},
 		{"GIF of 65535²", []byte("GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x01\x00\x00;"), "too_many_pixels"},
 		{"WebP of 16384²", finishWebP(appendRIFF(newWebP(), "VP8L", lossless)), "too_many_pixels"},
+		{"WebP of 6500² in 28 bytes, its chunk not whole", cutWebP(6500, 6500), "corrupt_image"},
 		{"PNG of 5200², all there", slices.Concat(pngHeaderOf(5200, 5200), pngChunk("IDAT", zipped(t, 5200*(1+4*5200))), pngChunk("IEND", "")), "ready"},
 		{"PNG of 5000², no data", pngHeaderOf(5000, 5000), "corrupt_image"},
 		{"interlaced PNG of 5000², no data", pngOf(pngKind{colour: pngTruecolourAlpha, depth: 8, interlaced: 1}.header(5000, 5000)), "too_much_memory"},

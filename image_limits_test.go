@@ -40,6 +40,7 @@ func TestBadInputIsRefused(t *testing.T) {
 		"png of no height":     {pngHeaderOf(8, 0), "corrupt_image"},
 		"gif of no frame":      {[]byte("GIF89a\x01\x00\x01\x00\x00\x00\x00;"), "corrupt_image"},
 		"webp of no chunk":     {finishWebP(newWebP()), "corrupt_image"},
+		"webp, cut in a chunk": {cutWebP(100, 100), "corrupt_image"},
 		"webp, empty anim":     {webpFile(webpAnimationFlag, 9, 9, appendRIFF(nil, "ANMF", make([]byte, 16))), "corrupt_image"},
 		"webp, frame too wide": {webpFile(webpAnimationFlag, 9, 9, appendRIFF(nil, "ANMF", append(make([]byte, 6), "\xff\xff\xff\xff\xff\xff1234"...))), "corrupt_image"},
 	}
@@ -80,6 +81,15 @@ func TestFrameLargerThanItsCanvasIsRefused(t *testing.T) {
 func jpegHeaderOf(marker byte, w, h int) []byte {
 	frame := []byte{8, byte(h >> 8), byte(h), byte(w >> 8), byte(w), 3, 1, 0x22, 0, 2, 0x11, 1, 3, 0x11, 1}
 	return append(withJPEGSegment([]byte("\xff\xd8"), marker, string(frame)), "\xff\xda\x00\x0c\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00data"...)
+}
+
+// cutWebP is a lossless WebP of one colour, of which its pixels take no bits: it can be
+// decoded, although its chunk claims to be longer than the file.
+func cutWebP(w, h int) []byte {
+	size := uint32(w-1) | uint32(h-1)<<14
+	body := binary.LittleEndian.AppendUint32([]byte{0x2f}, size)
+	body = append(body, 0x88, 0x88, 0x08, 0, 0) // no transform, no cache, five codes of one symbol
+	return finishWebP(appendRIFF(newWebP(), "VP8L", body))[:webpHeaderSize+8+len(body)-2]
 }
 
 func pngHeaderOf(w, h uint32) []byte {

@@ -18,7 +18,7 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatJPEG}
 	var frame jpegFrame
 	var profile jpegProfile
-	jfif := false
+	jfif, adobe, transform := false, false, byte(0)
 	for s := range jpegSegments(data) {
 		switch {
 		case s.kind == jpegAPP1 && bytes.HasPrefix(s.body, []byte(exifName)):
@@ -27,8 +27,8 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 			profile.add(s.body)
 		case s.kind == jpegAPP0 && bytes.HasPrefix(s.body, []byte("JFIF\x00")):
 			jfif = true
-		case s.kind == jpegAPP14 && len(s.body) >= 12 && bytes.HasPrefix(s.body, []byte("Adobe")):
-			frame.rgb = s.body[11] == 0 // no transform
+		case s.kind == jpegAPP14 && isAdobe(s.body):
+			adobe, transform = true, s.body[11]
 		case isJPEGFrame(s.kind):
 			if frame.components != nil || !frame.parse(s) {
 				return h, permanent("corrupt_image", "jpeg with a frame header that cannot be read (marker %x)", s.kind)
@@ -42,7 +42,7 @@ func readJPEGHeader(data []byte) (imageHeader, error) {
 	if frame.components == nil {
 		return h, permanent("corrupt_image", "jpeg without a frame header")
 	}
-	frame.rgb = len(frame.components) == 3 && !jfif && (frame.rgb || frame.named("RGB"))
+	frame.rgb = len(frame.components) == 3 && !jfif && (adobe && transform == 0 || !adobe && frame.named("RGB"))
 	if err := frame.checkScans(data); err != nil {
 		return h, err
 	}
@@ -210,7 +210,8 @@ func readGIFHeader(data []byte) (imageHeader, error) {
 	return h, nil
 }
 
-// readWebPHeader reads the size as the decoder sees it, and the chunks.
+// readWebPHeader reads the size as the decoder sees it, and the chunks. The decoder
+// would take a frame from a chunk that claims to be longer than the file too.
 func readWebPHeader(data []byte) (imageHeader, error) {
 	h := imageHeader{Format: formatWebP}
 	config, err := webp.DecodeConfig(bytes.NewReader(data))
@@ -218,20 +219,25 @@ func readWebPHeader(data []byte) (imageHeader, error) {
 		return h, permanent("corrupt_image", "decode webp header: %v", err)
 	}
 	h.Width, h.Height = config.Width, config.Height
-	alpha, lossless := false, false
+	whole, alpha, lossless := false, false, false
 	for c := range webpChunks(data) {
 		switch c.kind {
 		case "ANMF": // its kind is not looked up: the dearest is assumed
-			h.Animated, alpha, lossless = true, true, true
+			h.Animated, whole, alpha, lossless = true, true, true, true
 		case "ALPH":
 			alpha = true
+		case "VP8 ":
+			whole = true
 		case "VP8L":
-			lossless = true
+			whole, lossless = true, true
 		case "EXIF":
 			h.Orientation = exifOrientation(c.body)
 		case "ICCP":
 			h.Profile = foreignProfile(c.body)
 		}
+	}
+	if !whole {
+		return h, permanent("corrupt_image", "webp without a whole frame")
 	}
 	h.decodeBytes, h.outputBytes = webpCost(h, alpha, lossless, int64(len(data)))
 	return h, nil

@@ -261,7 +261,7 @@ func TestKeptWebPHasItsFlagsFixed(t *testing.T) {
 	t.Parallel()
 	still := webpTestdata(t, "gopher-doc.1bpp.lossless.webp")
 	exif := appendRIFF(nil, "EXIF", []byte(exifData(1)))
-	kept, ok := stripMetadata(formatWebP, webpFile(webpEXIFFlag|webpXMPFlag|webpProfileFlag|webpAlphaFlag, 75, 100, still[webpHeaderSize:], exif), false)
+	kept, ok := stripMetadata(formatWebP, webpFile(webpAnimationFlag|webpEXIFFlag|webpXMPFlag|webpProfileFlag|webpAlphaFlag, 75, 100, still[webpHeaderSize:], exif), false)
 	if !ok {
 		t.Fatal("not stripped")
 	}

@@ -1037,7 +1037,7 @@ func TestCommandLine(t *testing.T) {
 		"api on its own":        {[]string{"api"}, nil, 2, []string{"DATABASE_URL", "AMQP_URL"}},
 		"worker without broker": {[]string{"worker"}, map[string]string{"DATABASE_URL": "postgres://localhost/x"}, 2, []string{"AMQP_URL"}},
 		"all bad settings at once": {nil, map[string]string{"LISTEN_ADDR": "x", "DATABASE_URL": "mysql://x", "REDIS_URL": "x", "AMQP_URL": "http://x", "CACHE_TTL": "0s", "CACHE_SIZE": "1KiB", "AUTH": "maybe",
-			"IMAGE_WORKERS": "0", "IMAGE_VARIANTS": "0", "IMAGE_MEMORY": "1", "IMAGE_MAX_BYTES": "x", "IMAGE_MAX_PIXELS": "-1", "IMAGE_MAX_SIDE": "0", "IMAGE_QUALITY": "101", "IMAGE_TIMEOUT": "5", "IMAGE_ALLOW_PRIVATE": "yes",
+			"IMAGE_WORKERS": "0", "IMAGE_VARIANTS": "0", "IMAGE_MEMORY": "2MiB", "IMAGE_MAX_BYTES": "x", "IMAGE_MAX_PIXELS": "-1", "IMAGE_MAX_SIDE": "0", "IMAGE_QUALITY": "101", "IMAGE_TIMEOUT": "5", "IMAGE_ALLOW_PRIVATE": "yes",
 			"RETRY_ATTEMPTS": "0", "RETRY_BASE": "-1s", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml", "PUBLIC_URL": "x", "S3_PUBLIC_URL": "x"}, 2,
 			[]string{"LISTEN_ADDR", "IMAGE_VARIANTS", "DATABASE_URL", "REDIS_URL", "AMQP_URL", "CACHE_TTL", "CACHE_SIZE", "AUTH", "IMAGE_WORKERS", "IMAGE_MEMORY", "IMAGE_MAX_BYTES", "IMAGE_MAX_PIXELS", "IMAGE_MAX_SIDE",
 				"IMAGE_QUALITY", "IMAGE_TIMEOUT", "IMAGE_ALLOW_PRIVATE", "RETRY_ATTEMPTS", "RETRY_BASE", "LOG_LEVEL", "LOG_FORMAT", "PUBLIC_URL", "S3_PUBLIC_URL", "S3_BUCKET"}},

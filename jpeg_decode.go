@@ -5,6 +5,7 @@ import (
 	"errors"
 	"image"
 	"io"
+	"slices"
 )
 
 // The JPEG decoder. It differs from image/jpeg in what it holds: what is read is
@@ -151,7 +152,7 @@ func (d *jpegDecoder) readHuffman(body []byte) error {
 			return errJPEGTable
 		}
 		size := d.huffman[class][id].define(body[1:])
-		if size == 0 {
+		if size == 0 || class == 0 && slices.Max(d.huffman[class][id].symbols) > 15 {
 			return errJPEGTable
 		}
 		body = body[1+size:]
@@ -194,8 +195,9 @@ func (d *jpegDecoder) newScan(s segment) (*jpegScanReader, error) {
 	refines := false
 	if rest := s.body[1+2*n:]; d.frame.progressive {
 		scan.first, scan.last, scan.low = int(rest[0]), int(rest[1]), int(rest[2]&15)
-		refines = rest[2]>>4 != 0
-		if scan.last > 63 || scan.first > scan.last || (scan.first == 0) != (scan.last == 0) || scan.first > 0 && n > 1 || scan.low > 13 {
+		high := int(rest[2] >> 4)
+		refines = high != 0
+		if scan.last > 63 || scan.first > scan.last || (scan.first == 0) != (scan.last == 0) || scan.first > 0 && n > 1 || scan.low > 13 || refines && high != scan.low+1 {
 			return nil, errJPEGScanHeader
 		}
 	}

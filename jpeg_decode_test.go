@@ -167,6 +167,62 @@ func TestRGBInJPEG(t *testing.T) {
 	alike(t, data, data, 40)
 }
 
+// What says whether an image is RGB is read as libjpeg does, and what is stored of it
+// says the same.
+func TestRGBIsShownAsRGB(t *testing.T) {
+	t.Parallel()
+	var bare []byte // without Adobe's segment
+	for s := range jpegSegments(cjpeg(t, photo(40, 30), "-rgb")) {
+		if s.kind != jpegAPP14 {
+			bare = append(bare, s.raw...)
+		}
+	}
+	numbered := bytes.Clone(bare)
+	for n, name := range []byte("RGB") {
+		numbered[bytes.Index(numbered, []byte("\xff"+jpegSOF0))+10+3*n] = byte(n + 1)
+		numbered[bytes.Index(numbered, []byte("\xff"+jpegSOS))+5+2*n] = byte(n + 1)
+		if bare[bytes.Index(bare, []byte("\xff"+jpegSOS))+5+2*n] != name {
+			t.Fatal("the components have other names")
+		}
+	}
+	const adobe = "Adobe\x00\x64\x00\x00\x00\x00"
+	for names, data := range map[string][]byte{"RGB": bare, "123": numbered} {
+		for adobeName, file := range map[string][]byte{
+			"none": data, "RGB": withJPEGSegment(data, 0xee, adobe+"\x00"), "YCbCr": withJPEGSegment(data, 0xee, adobe+"\x01"),
+			"RGB and more": withJPEGSegment(data, 0xee, adobe+"\x00x"), "YCbCr and more": withJPEGSegment(data, 0xee, adobe+"\x01x"),
+			"cut": withJPEGSegment(data, 0xee, adobe), "another's": withJPEGSegment(data, 0xee, "Aaobe\x00\x64\x00\x00\x00\x00\x00"),
+		} {
+			t.Run(names+", Adobe: "+adobeName, func(t *testing.T) {
+				t.Parallel()
+				shownAlike(t, file)
+				shownAlike(t, withJPEGSegment(file, 0xe0, "JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"))
+			})
+		}
+	}
+}
+
+// shownAlike fails the test if libjpeg sees something else in a JPEG than in what is
+// kept of it, or than what is decoded here.
+func shownAlike(t *testing.T, data []byte) {
+	t.Helper()
+	want, err := djpeg(t, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := headerOf(t, data)
+	kept, _ := keepSource(h, data)
+	got, err := djpeg(t, kept.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	comparePixels(t, got, want, 0, 0)
+	d, err := decodeImage(data, h, maxImageSide, imageTools{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	comparePixels(t, d.img, want, 10, 80) // chroma has a quarter of the samples now
+}
+
 // A grey image has no transform, and Adobe's segment says so.
 func TestGreyOfAdobeIsGrey(t *testing.T) {
 	t.Parallel()
@@ -180,18 +236,47 @@ func TestGreyOfAdobeIsGrey(t *testing.T) {
 // What other decoders refuse must not be published as it is.
 func TestJPEGsThatOthersRefuse(t *testing.T) {
 	t.Parallel()
-	data := cjpeg(t, photo(149, 83))
+	data, progressive := cjpeg(t, photo(149, 83)), cjpeg(t, photo(149, 83), "-progressive")
 	at := bytes.Index(data, []byte("\xff"+jpegSOF0))
 	frame := data[at : at+19]
 	large := bytes.Clone(data)
 	large[at+11] = 0x44 // eighteen blocks in an MCU
-	for want, file := range map[error][]byte{
-		errJPEGFrames:   slices.Concat(data[:len(data)-2], frame, data[len(data)-2:]),
-		errJPEGSampling: large,
+	for name, test := range map[string]struct {
+		file []byte
+		want error
+	}{
+		"a second frame header":        {slices.Concat(data[:len(data)-2], frame, data[len(data)-2:]), errJPEGFrames},
+		"too large an MCU":             {large, errJPEGSampling},
+		"a scan that refines too late": {bytes.Replace(progressive, []byte("\x01\x3f\x21"), []byte("\x01\x3f\x31"), 1), errJPEGScanHeader},
+		"a code of all ones":           {bytes.Replace(data, dcTable(1, "\x0b"), dcTable(2, "\x0b\x0c"), 1), errJPEGTable},
+		"a DC coefficient of 16 bits":  {bytes.Replace(data, dcTable(1, "\x0b"), dcTable(1, "\x10"), 1), errJPEGTable},
 	} {
-		if _, _, err, _ := decodeBoth(file, data, 200); !errors.Is(err, want) {
-			t.Errorf("%v, want %v", err, want)
+		if _, _, err, _ := decodeBoth(test.file, data, 200); !errors.Is(err, test.want) {
+			t.Errorf("%s: %v, want %v", name, err, test.want)
 		}
+		if _, err := djpeg(t, test.file); err == nil {
+			t.Errorf("%s is not refused by libjpeg", name)
+		}
+	}
+}
+
+// dcTable is the first DC table of T.81, table K.3, with as many codes of nine bits,
+// for other symbols.
+func dcTable(longest byte, symbols string) []byte {
+	return []byte("\xff\xc4\x00" + string(30+longest) + "\x00\x00\x01\x05\x01\x01\x01\x01\x01" + string(longest) +
+		"\x00\x00\x00\x00\x00\x00\x00\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a" + symbols)
+}
+
+// libjpeg refuses a second start marker, which is skipped here.
+func TestKeptJPEGHasOneStart(t *testing.T) {
+	t.Parallel()
+	poor := encodeJPEGPlanes(photo(160, 120), 20, nil) // kept, since quality 80 is larger
+	c, _ := mustCompress(t, slices.Concat(poor[:2], poor), 2048)
+	if !bytes.Equal(c.Data, poor) {
+		t.Errorf("%d bytes of %s, want %d", len(c.Data), c.Ext, len(poor))
+	}
+	if _, err := djpeg(t, c.Data); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -273,6 +358,8 @@ func FuzzJPEGAgainstStandard(f *testing.F) {
 	for _, data := range smallImages(f) {
 		f.Add(data)
 	}
+	rgb := withJPEGSegment(encodedJPEG(f, photo(20, 17), 60), 0xee, "Adobe\x00\x64\x00\x00\x00\x00\x00")
+	f.Add(withJPEGSegment(withJPEGSegment(rgb, 0xe0, "JFXX\x00\x10"), 0xe0, "JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		h, err := readImageHeader(data, 1<<16)
 		if err != nil || h.jpeg == nil || !h.jpeg.streams() {
@@ -280,6 +367,9 @@ func FuzzJPEGAgainstStandard(f *testing.F) {
 		}
 		got, want, err, wantErr := decodeBoth(data, data, maxImageSide)
 		if err != nil || wantErr != nil { // of broken files each passes over something else
+			return
+		}
+		if _, rgb := want.(*image.NRGBA); rgb { // image/jpeg goes by the last APP0 alone
 			return
 		}
 		if a, b := len(samplesOf(got)), len(samplesOf(want)); a != b {

@@ -96,29 +96,39 @@ func planeError(a, b []byte, aStride, bStride int, size image.Point) float64 {
 // An independent decoder reads it too, without a warning, and sees the same.
 func TestJPEGIsReadByLibjpeg(t *testing.T) {
 	t.Parallel()
-	djpeg, err := exec.LookPath("djpeg")
-	if err != nil {
-		t.Skip("no djpeg (libjpeg-turbo-progs)")
-	}
 	for name, m := range jpegSources() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			data := encodeJPEGPlanes(m, testQuality, nil)
-			cmd := exec.Command(djpeg, "-strict", "-nosmooth", "-pnm")
-			cmd.Stdin = bytes.NewReader(data)
-			var warnings bytes.Buffer
-			cmd.Stderr = &warnings
-			out, err := cmd.Output()
-			if err != nil || warnings.Len() > 0 {
-				t.Fatalf("djpeg: %v %s", err, warnings.String())
+			got, err := djpeg(t, data, "-strict", "-nosmooth")
+			if err != nil {
+				t.Fatal(err)
 			}
 			want, err := jpeg.Decode(bytes.NewReader(data))
 			if err != nil {
 				t.Fatal(err)
 			}
-			comparePixels(t, readPNM(t, out), want, 0.6, 4)
+			comparePixels(t, got, want, 0.6, 4)
 		})
 	}
+}
+
+// djpeg decodes an image with libjpeg, whose warnings are errors here too.
+func djpeg(t *testing.T, data []byte, options ...string) (image.Image, error) {
+	t.Helper()
+	path, err := exec.LookPath("djpeg")
+	if err != nil {
+		t.Skip("no djpeg (libjpeg-turbo-progs)")
+	}
+	cmd := exec.Command(path, append(options, "-pnm")...)
+	cmd.Stdin = bytes.NewReader(data)
+	var warnings bytes.Buffer
+	cmd.Stderr = &warnings
+	out, err := cmd.Output()
+	if err != nil || warnings.Len() > 0 {
+		return nil, fmt.Errorf("djpeg: %w: %s", err, warnings.String())
+	}
+	return readPNM(t, out), nil
 }
 
 // readPNM reads a binary PGM or PPM of 8 bits.

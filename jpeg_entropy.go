@@ -139,8 +139,8 @@ func (t *huffmanLookup) define(data []byte) (size int) {
 	}
 	code := 0
 	for i, n := range counts {
-		if code = code<<1 + int(n); code > 2<<i {
-			return 0 // more codes than there can be
+		if code = code<<1 + int(n); code >= 2<<i {
+			return 0 // more codes than there can be, of which none is all ones
 		}
 	}
 	t.counts, t.symbols, t.made = counts, data[16:16+total], false
@@ -343,9 +343,6 @@ func (s *jpegScanReader) readDifference(p *scanPart) error {
 	size, err := s.readSymbol(p.dc)
 	if err != nil {
 		return err
-	}
-	if size > 16 {
-		return errJPEGCode
 	}
 	p.previous += s.readValue(size)
 	return nil

@@ -66,7 +66,7 @@ type pipeline struct {
 	blobs      blobs
 	sources    sources
 	invalidate func(productID, version int64) // a product has changed
-	memory     *semaphore.Weighted            // bytes that decoded images hold
+	memory     *semaphore.Weighted            // bytes that decoded images hold, and outputs that wait
 	log        *slog.Logger
 	processors processors // made by Run
 	buffers    buffers
@@ -261,7 +261,8 @@ func (p *pipeline) download(ctx context.Context, d Delivery) *work {
 }
 
 // admit waits until there is memory for the decoded image, which stays taken
-// until the image is compressed.
+// until the image is compressed, and what its outputs take of it until it is settled.
+// They wait for the storage and the database, never for memory.
 func (p *pipeline) admit(ctx context.Context, w *work) (err error) {
 	if w.header, err = readImageHeader(w.source, p.MaxPixels); err != nil {
 		return err
@@ -296,11 +297,22 @@ func (p *pipeline) compress(_ context.Context, w *work) (err error) {
 	return err
 }
 
-// release gives the decoded image's memory back.
+// release gives the decoded image's memory back, but for what its outputs take.
 func (p *pipeline) release(w *work) {
 	w.decoded = nil
-	p.memory.Release(w.held)
-	w.held = 0
+	rest := int64(0)
+	for _, out := range w.outputs {
+		rest += int64(cap(out.Data))
+	}
+	rest = min(rest, w.held)
+	p.memory.Release(w.held - rest)
+	w.held = rest
+}
+
+// dropOutputs gives the outputs' memory back too.
+func (p *pipeline) dropOutputs(w *work) {
+	w.outputs = nil
+	p.release(w)
 }
 
 // dropSource gives the source's memory back, of which later stages have no need.
@@ -368,6 +380,7 @@ func (p *pipeline) tryToStore(ctx context.Context, w *work) error {
 // settle writes down what has become of the image, and only then lets go of the
 // delivery: a crash before that has the image delivered again.
 func (p *pipeline) settle(ctx context.Context, w *work) {
+	defer p.dropOutputs(w)
 	if leftOut("commit before ack") {
 		_ = w.delivery.Ack()
 	}

@@ -52,6 +52,7 @@ func TestPipelineTellsOfACommitThatItDidNotSee(t *testing.T) {
 				imageSettings: imageSettings{RetryAttempts: 2, RetryBase: maxRetryDelay},
 				store:         newStore(db),
 				invalidate:    func(id, version int64) { told = append(told, productVersion{id, version}) },
+				memory:        semaphore.NewWeighted(1),
 				log:           testLog(t),
 			}
 			hand := semaphore.NewWeighted(1)
@@ -93,7 +94,7 @@ func TestSourceOfAFailedImageIsReleased(t *testing.T) {
 }
 
 // So is what was set aside for the pixels, of an image that cannot be decoded and
-// of one that is done.
+// of one that is compressed, but for what its outputs take until they are stored.
 func TestMemoryOfAnImageIsReleased(t *testing.T) {
 	t.Parallel()
 	const memory = 100 << 20
@@ -106,8 +107,15 @@ func TestMemoryOfAnImageIsReleased(t *testing.T) {
 		if err == nil {
 			err = p.compress(t.Context(), w)
 		}
-		if (err == nil) != (len(source) == len(photo)) || !p.memory.TryAcquire(memory) {
-			t.Errorf("%d bytes of a photo: %v, and %d bytes are held", len(source), err, w.held)
+		waiting := int64(0)
+		for _, out := range w.outputs {
+			waiting += int64(cap(out.Data))
+		}
+		if (err == nil) != (len(source) == len(photo)) || (waiting > 0) != (err == nil) || w.held != waiting {
+			t.Errorf("%d bytes of a photo: %v, %d of outputs, and %d bytes are held", len(source), err, waiting, w.held)
+		}
+		if p.memory.TryAcquire(memory-waiting+1) || !p.memory.TryAcquire(memory-waiting) {
+			t.Errorf("%d bytes of a photo: other than %d bytes are held", len(source), waiting)
 		}
 	}
 }
@@ -136,15 +144,16 @@ func wantPutOff(t *testing.T, why error, deleting bool) {
 		job := publishDue(t, s)[0]
 		_, err := s.CountLoneStart(t.Context(), job.ID)
 		settled(t, err)
-		p := &pipeline{store: s, blobs: awayBlobs{}, log: testLog(t)}
+		p := &pipeline{store: s, blobs: awayBlobs{}, memory: semaphore.NewWeighted(1), log: testLog(t)}
 		hand := semaphore.NewWeighted(1)
 		settled(t, hand.Acquire(t.Context(), 1))
+		settled(t, p.memory.Acquire(t.Context(), 1))
 		var verdicts []verdict
 		delivery := newDelivery(job, hand, 1, func(v verdict) error { verdicts = append(verdicts, v); return nil })
-		w := &work{delivery: delivery, log: p.log, image: Image{ID: job.ID}, outputs: []compressedImage{{Ext: "jpg"}}}
+		w := &work{delivery: delivery, log: p.log, image: Image{ID: job.ID}, held: 1, outputs: []compressedImage{{Data: []byte("x"), Ext: "jpg"}}}
 
 		if deleting {
-			_, err := s.Exec(t.Context(), `INSERT INTO garbage (object_key, delete_at, deleting) VALUES ($1, $2, true)`, blobKey(job.ProductID, job.ID, nil, "jpg"), s.now())
+			_, err := s.Exec(t.Context(), `INSERT INTO garbage (object_key, delete_at, deleting) VALUES ($1, $2, true)`, blobKey(job.ProductID, job.ID, []byte("x"), "jpg"), s.now())
 			settled(t, err)
 		}
 		w.started = time.Now().Add(maxPersistDelay/10 - storagePatience) // so it has a second left
@@ -154,9 +163,12 @@ func wantPutOff(t *testing.T, why error, deleting bool) {
 		if early := time.Since(w.started); !errors.Is(w.err, errNotStored) || !errors.Is(w.err, why) || early < storagePatience {
 			t.Fatalf("given up after %v in hand: %v", early, w.err)
 		}
+		if p.memory.TryAcquire(1) {
+			t.Error("the memory of an output that waits is given back")
+		}
 		p.settle(t.Context(), w)
-		if !slices.Equal(verdicts, []verdict{verdictDone}) {
-			t.Errorf("settled with %v", verdicts)
+		if !slices.Equal(verdicts, []verdict{verdictDone}) || !p.memory.TryAcquire(1) {
+			t.Errorf("settled with %v, and %d bytes are held", verdicts, w.held)
 		}
 		image, err := s.PendingImage(t.Context(), job.ID)
 		if err != nil || image.Attempts != 0 {
