@@ -693,3 +693,50 @@ func TestStoreSaysWhenTheDatabaseIsAway(t *testing.T) {
 	}
 	server.Thaw(t)
 }
+
+// What a deadline interrupts in SQLite, or a client who goes away, is no error in our
+// SQL, wherever it is met.
+func TestStoreSaysThatSQLiteWasInterrupted(t *testing.T) {
+	t.Parallel()
+	const endless = `(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n)`
+	s := sqliteStore(t)
+	ends := map[string]func(context.Context) (context.Context, context.CancelFunc){
+		"by its deadline": func(ctx context.Context) (context.Context, context.CancelFunc) {
+			return context.WithTimeout(ctx, 50*time.Millisecond)
+		},
+		"by its client": func(ctx context.Context) (context.Context, context.CancelFunc) {
+			ctx, cancel := context.WithCancel(ctx)
+			time.AfterFunc(50*time.Millisecond, cancel)
+			return ctx, cancel
+		},
+	}
+	calls := map[string]func(context.Context) error{
+		"a statement": func(ctx context.Context) error {
+			_, err := s.Exec(ctx, `DELETE FROM products WHERE id = `+endless)
+			return err
+		},
+		"a query": func(ctx context.Context) error { return queryRow(ctx, s, []any{new(any)}, `SELECT `+endless) },
+		"a query for once": func(ctx context.Context) error {
+			_, err := scanProducts(s.QueryOnce(ctx, `SELECT `+endless))
+			return err
+		},
+		"a transaction": func(ctx context.Context) error {
+			return s.InTx(ctx, func(tx querier) error { return queryRow(ctx, tx, []any{new(any)}, `SELECT `+endless) })
+		},
+		"a commit": func(ctx context.Context) error {
+			return s.InTx(ctx, func(tx querier) error {
+				<-ctx.Done()
+				return nil
+			})
+		},
+	}
+	for how, end := range ends {
+		for what, call := range calls {
+			ctx, cancel := end(t.Context())
+			if err := call(ctx); problemOf(err).Status != 503 {
+				t.Errorf("%s, ended %s: %v", what, how, err)
+			}
+			cancel()
+		}
+	}
+}
