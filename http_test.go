@@ -584,6 +584,62 @@ func TestFailuresOfOurOwnStayInside(t *testing.T) {
 	}
 }
 
+// A client that hangs up is no failure of ours, whatever that interrupts; what is one
+// stays one.
+func TestClientsThatHangUpAreNoFailures(t *testing.T) {
+	t.Parallel()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, c := range map[string]struct {
+		client   context.Context
+		draining bool
+		err      error
+		status   int
+		level    string
+	}{
+		"a client that hangs up":             {gone, false, context.Canceled, 499, ""},
+		"one that interrupts the database":   {gone, false, errUnavailable, 499, ""},
+		"one that has asked for nothing":     {gone, false, errNotFound, 404, ""},
+		"one that meets an error in our SQL": {gone, false, io.ErrUnexpectedEOF, 500, "ERROR"},
+		"a deadline of ours":                 {t.Context(), false, context.DeadlineExceeded, 503, "WARN"},
+		"a server that is closed":            {gone, true, context.Canceled, 503, "WARN"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newAPI(t)
+			a.draining.Store(c.draining)
+			a.products = readerFunc(func(context.Context, int64) (document, error) { return document{}, c.err })
+			a.handler.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(c.client, "GET", "/products/1", nil))
+			log := a.log.String()
+			if lines := strings.Count(log, "\n"); !strings.Contains(log, fmt.Sprintf(`"status":%d,`, c.status)) || !strings.Contains(log, c.level) || c.level == "" && lines != 1 {
+				t.Errorf("want status %d and a line of level %q: %s", c.status, c.level, log)
+			}
+		})
+	}
+}
+
+// That a client hung up is seen by its connection.
+func TestClientThatHangsUpIsLoggedAs499(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	ctx, hangUp := context.WithCancel(t.Context())
+	a.products = readerFunc(func(ctx context.Context, _ int64) (document, error) {
+		hangUp()
+		<-ctx.Done()
+		return document{}, ctx.Err()
+	})
+	web := httptest.NewServer(a.handler)
+	request, _ := http.NewRequestWithContext(ctx, "GET", web.URL+"/products/1", nil)
+	if response, err := http.DefaultClient.Do(request); err == nil {
+		response.Body.Close()
+		t.Errorf("it has an answer: %d", response.StatusCode)
+	}
+	web.Close()
+	if log := a.log.String(); !strings.Contains(log, `"status":499,`) || strings.Contains(log, "WARN") {
+		t.Error(log)
+	}
+}
+
 func TestDatabaseAwayIsA503(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
