@@ -584,6 +584,30 @@ func TestFailuresOfOurOwnStayInside(t *testing.T) {
 	}
 }
 
+// A panic in the middle of an answer breaks it off: no client takes a part for the whole.
+func TestPanicInAnAnswerBreaksItOff(t *testing.T) {
+	t.Parallel()
+	a, mux := newAPI(t), http.NewServeMux()
+	a.route(mux, "GET /products/{id}", noToken, func(w http.ResponseWriter, _ *http.Request) error {
+		io.WriteString(w, "half")
+		http.NewResponseController(w).Flush()
+		panic("boom")
+	})
+	web := httptest.NewServer(a.observe(mux))
+	response, err := http.Get(web.URL + "/products/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	if body, err := io.ReadAll(response.Body); err == nil {
+		t.Errorf("the answer seems whole: %d %q", response.StatusCode, body)
+	}
+	web.Close()
+	if log := a.log.String(); !strings.Contains(log, "boom") || !strings.Contains(log, `"msg":"request"`) {
+		t.Errorf("the log does not say so: %s", log)
+	}
+}
+
 // A client that hangs up is no failure of ours, whatever that interrupts; what is one
 // stays one.
 func TestClientsThatHangUpAreNoFailures(t *testing.T) {

@@ -39,6 +39,8 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 			slog.String("request_id", rec.origin.RequestID), slog.Any("err", value), slog.String("stack", string(debug.Stack())))
 		if rec.status == 0 {
 			s.renderError(rec, r, errors.New("panic"))
+		} else {
+			value = http.ErrAbortHandler // no client may take a part for the whole
 		}
 	}
 	rec.leave()
