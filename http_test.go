@@ -427,6 +427,35 @@ func TestListPagesAndLinks(t *testing.T) {
 	}
 }
 
+// A client that does not read a list holds no more than about maxPage of it: the page
+// ends there, and the next one goes on.
+func TestListPagesAreBoundedInBytes(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	entries := make([]batchEntry, 60)
+	for n := range entries {
+		entries[n] = entry(fmt.Sprint(n))
+		entries[n].Description = strings.Repeat("\x01", maxDescriptionLength) // of which JSON makes six bytes
+	}
+	createBatch(t, a.store, entries)
+	target, names := "/products?limit=200&sort=-product_price", []string(nil)
+	for pages := 1; target != ""; pages++ {
+		got := a.do(t, "GET", target, "")
+		if size := got.Body.Len(); got.Code != 200 || size > maxPage+100_000 || pages == 1 && size < maxPage {
+			t.Fatalf("page %d: status %d, %d bytes", pages, got.Code, size)
+		}
+		for _, item := range got.json["items"].([]any) {
+			names = append(names, item.(map[string]any)["product_name"].(string))
+		}
+		target = strings.TrimSuffix(strings.TrimPrefix(got.Header().Get("Link"), "<"), `>; rel="next"`)
+	}
+	for n := range entries {
+		if want := fmt.Sprint(len(entries) - 1 - n); len(names) != len(entries) || names[n] != want {
+			t.Fatalf("listed %q", names)
+		}
+	}
+}
+
 func TestListRefuses(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
