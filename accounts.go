@@ -86,8 +86,12 @@ func (i *idempotency) record(ctx context.Context, tx querier, p Product) error {
 	return err
 }
 
+const forgetIdempotencyKeys = `
+DELETE FROM idempotency_keys
+WHERE (user_id, key) IN (SELECT user_id, key FROM idempotency_keys WHERE created_at <= $1 LIMIT $2)`
+
 // ForgetIdempotencyKeys deletes those that have expired.
 func (s *store) ForgetIdempotencyKeys(ctx context.Context) error {
-	_, err := s.Exec(ctx, `DELETE FROM idempotency_keys WHERE created_at <= $1`, s.now().Add(-idempotencyTime))
+	_, err := s.inBatches(ctx, forgetIdempotencyKeys, s.now().Add(-idempotencyTime))
 	return wrap("forget idempotency keys", err)
 }

@@ -398,3 +398,27 @@ func admin(t *testing.T, server *testServer, command ...string) {
 		t.Fatalf("%v: %v", command, err)
 	}
 }
+
+// An operator's command that is interrupted tells the caches of all that it has changed
+// until it ends.
+func TestInterruptedCommandTellsTheCaches(t *testing.T) {
+	t.Parallel()
+	url := testRedis(t)
+	reader := connected(t, redisBackend(t, url, quiet))
+	p := &program{config: config{RedisURL: url, CacheTTL: cacheTTL, CacheSize: cacheSize}, log: quiet}
+	ctx, interrupt := context.WithCancel(t.Context())
+	err := p.withInvalidation(ctx, func(invalidate func(id, version int64)) error {
+		interrupt()
+		for id := range int64(5) {
+			invalidate(id+1, 3)
+			eventually(t, "the caches are told", func() bool {
+				e, err := reader.Get(id + 1)
+				return err == nil && e.version == 3
+			})
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}

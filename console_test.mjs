@@ -247,6 +247,30 @@ test('an edit that was overtaken tells what it would have undone', async (t) => 
   assert.equal((await api('GET', `/products/${products.mountain}`)).product_price, 89.9)
 })
 
+test('what the form itself makes of a text is no edit', async (t) => {
+  const { id } = await create('Wave print ', '20.00', [], { product_description: 'One\r\ntwo' })
+  const page = await visit(t, `/products/${id}`, { answers: [412] })
+  const change = async (price, meanwhile) => {
+    await named(page, 'button', 'Edit').click()
+    await page.getByRole('dialog').getByLabel('Price', { exact: true }).fill(price)
+    await meanwhile?.()
+    await named(page, 'button', 'Save').click()
+  }
+  const saved = async (...wanted) => {
+    await page.getByRole('dialog').waitFor({ state: 'detached' })
+    const now = await api('GET', `/products/${id}`)
+    assert.deepEqual([now.product_price, now.product_name, now.product_description], wanted)
+  }
+  await change('21.00')
+  await saved(21, 'Wave print ', 'One\r\ntwo')
+  await change('22.00', () => api('PATCH', `/products/${id}`, { product_description: 'Three\r\nfour' }))
+  await named(page, 'button', 'Keep my changes').click()
+  await named(page, 'button', 'Save').click()
+  await saved(22, 'Wave print ', 'Three\r\nfour')
+  await page.goto('about:blank')
+  await api('DELETE', `/products/${id}`)
+})
+
 test('an edit is not stopped by an image that became ready meanwhile', async (t) => {
   const { id } = await create('Stream print', '35.00', ['stream.jpg'])
   const page = await visit(t, `/products/${id}`, { answers: [412] })

@@ -27,16 +27,7 @@ func (s *server) listDeadLetters(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	var next *cursor
-	if len(letters) > limit {
-		letters = letters[:limit]
-		next = &cursor{Sort: deadLetterSort, ID: letters[limit-1].ID}
-	}
-	items := make([]deadLetterJSON, len(letters))
-	for n, letter := range letters {
-		items[n] = letter.json()
-	}
-	writeList(w, r, items, next)
+	writeList(w, r, letters, limit, func(d deadLetter) []byte { return encodeJSON(d.json()) }, func(d deadLetter) *cursor { return &cursor{Sort: deadLetterSort, ID: d.ID} })
 	return nil
 }
 

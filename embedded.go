@@ -258,6 +258,7 @@ func sqliteError(err error) error {
 		return errUnknownUser
 	case errors.Is(err, sqlite3.BUSY), errors.Is(err, sqlite3.LOCKED), errors.Is(err, sqlite3.IOERR),
 		errors.Is(err, sqlite3.FULL), errors.Is(err, sqlite3.CANTOPEN), errors.Is(err, context.DeadlineExceeded),
+		errors.Is(err, sqlite3.INTERRUPT), errors.Is(err, sql.ErrTxDone), // what a context that ends makes of a statement and of a transaction
 		errors.Is(err, sql.ErrConnDone),
 		strings.Contains(err.Error(), "no such table: "): // nobody has migrated yet; there is no code for it
 		return fmt.Errorf("%w: %w", errUnavailable, err)

@@ -134,9 +134,6 @@ func (s *store) ProductEvents(ctx context.Context, productID int64, after place,
 	return events, wrap(fmt.Sprintf("read events of product %d", productID), err)
 }
 
-// forgetBatch is how many events one transaction deletes.
-const forgetBatch = 1000
-
 // forgetEvents looks no further than at the first events of the log, and leaves
 // one of them: so the place after the last is known as long as nothing happens.
 // What a webhook has not been given yet stays.
@@ -148,10 +145,6 @@ WHERE (tx, id) IN (SELECT tx, id FROM (SELECT tx, id, created_at FROM events ORD
 
 // ForgetEvents deletes those that are older than eventTime.
 func (s *store) ForgetEvents(ctx context.Context) error {
-	for {
-		n, err := s.Exec(ctx, forgetEvents, s.now().Add(-eventTime), forgetBatch)
-		if err != nil || n < forgetBatch {
-			return wrap("forget events", err)
-		}
-	}
+	_, err := s.inBatches(ctx, forgetEvents, s.now().Add(-eventTime))
+	return wrap("forget events", err)
 }

@@ -135,7 +135,12 @@ func TestEventsOfAProductAreInTheOrderOfItsChanges(t *testing.T) {
 func concurrentStore(t *testing.T) (s *store, begin func() (tx querier, commit func())) {
 	t.Helper()
 	s, db := postgresStore(t)
-	return s, func() (querier, func()) {
+	return s, sideBySide(t, db)
+}
+
+// sideBySide begins transactions that are open side by side.
+func sideBySide(t *testing.T, db *postgres) (begin func() (tx querier, commit func())) {
+	return func() (querier, func()) {
 		tx, err := db.pool.Begin(t.Context())
 		if err != nil {
 			t.Fatal(err)

@@ -52,7 +52,8 @@ func (s *server) productEvents(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if at == (place{}) { // a product of which the log has nothing
+	unlogged := at == (place{})
+	if unlogged {
 		at = end
 	}
 	if p.eventStream, err = s.openStream(w, r); err != nil {
@@ -63,6 +64,9 @@ func (s *server) productEvents(w http.ResponseWriter, r *http.Request) error {
 		err = p.tell(at)
 	} else {
 		err = p.resume(from, known, at)
+	}
+	if unlogged { // the event at the end is another product's: what comes of this one may have a smaller id
+		p.at.ID = 0
 	}
 	if err == nil && r.Method != http.MethodHead {
 		_ = p.follow(l) // whoever ended it, there is nobody to tell

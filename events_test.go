@@ -389,6 +389,33 @@ func TestProductStreamEndsWithNothingUntold(t *testing.T) {
 	}
 }
 
+// The stream of a product of which the log has nothing begins at the log's end. An
+// event of the product that comes then may have a smaller id than what stands there.
+func TestProductStreamTellsOfASmallerId(t *testing.T) {
+	t.Parallel()
+	db, err := openPostgres(t.Context(), startPostgres(t).URL) // where nobody else's transactions hold the log back
+	settled(t, err)
+	s, begin := migratedStore(t, db), sideBySide(t, db)
+	url, _ := newAPIOn(t, s).serve(t)
+	p, other := create(t, s, "https://a.example/1.jpg"), create(t, s)
+	_, err = s.Exec(t.Context(), `DELETE FROM events`)
+	settled(t, err)
+
+	late, endLate := begin()
+	settled(t, queryRow(t.Context(), late, []any{new(string)}, `SELECT pg_current_xact_id()::text`)) // from here on it has its number
+	early, endEarly := begin()
+	_, err = early.Exec(t.Context(), `UPDATE images SET status = 'failed', error_code = 'http_404' WHERE product_id = $1`, p.ID)
+	settled(t, err)
+	_, err = late.Exec(t.Context(), updateProduct, other.ID, "x", "x", "", 0, 2, s.now())
+	settled(t, err)
+	endLate()
+	awaitLogged(t, s, place{}, fmt.Sprintf("%d updated 2", other.ID))
+	l := listen(t, fmt.Sprintf("%s/products/%d/events", url, p.ID), "").placed(t)
+	endEarly()
+	wantEvents(t, l, "image 0/0 failed 0", "done 1")
+	l.close(t)
+}
+
 // A product's stream ends when the product is deleted.
 func TestProductStreamEndsWithTheProduct(t *testing.T) {
 	t.Parallel()

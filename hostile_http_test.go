@@ -145,7 +145,10 @@ func hostileTargets() (all []hostileRequest) {
 	for _, text := range []string{"%25", "_", "%5C", "%5C%25", "%5C_", "%25x", "'", "%2A", "%3F"} { // no name has any of these
 		all = append(all, hostileRequest{"GET /products?name=" + text, rawRequest("GET", "/products?name="+text, ""), 200, `{"items":[],"next_cursor":null}`})
 	}
-	add(200, "GET", "/products?name="+strings.Repeat("%25", 10_000), "/products?min_price=2&max_price=1", "/products?user_id=9223372036854775807", "/products?name=%EF%BF%BD")
+	for _, long := range []string{strings.Repeat("%25", 10_000), strings.Repeat("_", 26_000)} { // no name has so many; SQLite takes no pattern of 50,000 bytes
+		add(200, "GET", "/products?name="+long, "/products/export?name="+long)
+	}
+	add(200, "GET", "/products?min_price=2&max_price=1", "/products?user_id=9223372036854775807", "/products?name=%EF%BF%BD")
 	return all
 }
 

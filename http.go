@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -259,16 +260,7 @@ func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	var next *cursor
-	if len(products) > size {
-		products = products[:size]
-		next = cursorAfter(products[size-1], filter.Sort)
-	}
-	items := make([]productJSON, len(products))
-	for n, p := range products {
-		items[n] = s.encoder.productJSON(p)
-	}
-	writeList(w, r, items, next)
+	writeList(w, r, products, size, func(p Product) []byte { return s.encoder.product(p).Body }, func(p Product) *cursor { return cursorAfter(p, filter.Sort) })
 	return nil
 }
 
@@ -568,8 +560,10 @@ func documentHeader(doc document) (etag, length []string) {
 	return made.values[:1:1], made.values[1:]
 }
 
-func writeJSON(w http.ResponseWriter, status int, v any) {
-	body := encodeJSON(v)
+func writeJSON(w http.ResponseWriter, status int, v any) { writeBody(w, status, encodeJSON(v)) }
+
+// writeBody answers with what is JSON already.
+func writeBody(w http.ResponseWriter, status int, body []byte) {
 	header := w.Header()
 	header["Content-Type"] = headerJSON
 	header["Content-Length"] = []string{strconv.Itoa(len(body))}
@@ -577,20 +571,29 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Write(body)
 }
 
-// writeList answers with one page of a list, and with where the next one is.
-func writeList[T any](w http.ResponseWriter, r *http.Request, items []T, next *cursor) {
-	page := struct {
-		Items      []T     `json:"items"`
-		NextCursor *string `json:"next_cursor"`
-	}{Items: items}
-	if next != nil {
-		text := next.String()
-		page.NextCursor = &text
+// maxPage is about how many bytes a page of a list has. A client that reads none of it
+// keeps it in memory until the write timeout, and so may many at once.
+const maxPage = 2 << 20
+
+// writeList answers with one page of a list, and with where the next one is, after an
+// item. The page has at most limit of the items; those beyond it tell that there are more.
+func writeList[T any](w http.ResponseWriter, r *http.Request, items []T, limit int, encode func(T) []byte, after func(T) *cursor) {
+	n, body := 0, []byte(`{"items":[`)
+	for ; n < min(limit, len(items)) && len(body) < maxPage; n++ {
+		if n > 0 {
+			body = append(body, ',')
+		}
+		body = append(body, bytes.TrimSpace(encode(items[n]))...)
+	}
+	next := "null"
+	if n < len(items) {
+		text := after(items[n-1]).String()
+		next = `"` + text + `"`
 		query := r.URL.Query()
 		query.Set("cursor", text)
 		w.Header().Set("Link", fmt.Sprintf("<%s?%s>; rel=\"next\"", r.URL.EscapedPath(), query.Encode()))
 	}
-	writeJSON(w, http.StatusOK, page)
+	writeBody(w, http.StatusOK, append(body, `],"next_cursor":`+next+"}\n"...))
 }
 
 func (s *server) metrics(w http.ResponseWriter, r *http.Request) error {

@@ -427,6 +427,35 @@ func TestListPagesAndLinks(t *testing.T) {
 	}
 }
 
+// A client that does not read a list holds no more than about maxPage of it: the page
+// ends there, and the next one goes on.
+func TestListPagesAreBoundedInBytes(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	entries := make([]batchEntry, 60)
+	for n := range entries {
+		entries[n] = entry(fmt.Sprint(n))
+		entries[n].Description = strings.Repeat("\x01", maxDescriptionLength) // of which JSON makes six bytes
+	}
+	createBatch(t, a.store, entries)
+	target, names := "/products?limit=200&sort=-product_price", []string(nil)
+	for pages := 1; target != ""; pages++ {
+		got := a.do(t, "GET", target, "")
+		if size := got.Body.Len(); got.Code != 200 || size > maxPage+100_000 || pages == 1 && size < maxPage {
+			t.Fatalf("page %d: status %d, %d bytes", pages, got.Code, size)
+		}
+		for _, item := range got.json["items"].([]any) {
+			names = append(names, item.(map[string]any)["product_name"].(string))
+		}
+		target = strings.TrimSuffix(strings.TrimPrefix(got.Header().Get("Link"), "<"), `>; rel="next"`)
+	}
+	for n := range entries {
+		if want := fmt.Sprint(len(entries) - 1 - n); len(names) != len(entries) || names[n] != want {
+			t.Fatalf("listed %q", names)
+		}
+	}
+}
+
 func TestListRefuses(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
@@ -581,6 +610,86 @@ func TestFailuresOfOurOwnStayInside(t *testing.T) {
 	}
 	if log := a.log.String(); !strings.Contains(log, "no such column") || !strings.Contains(log, "nil pointer") {
 		t.Errorf("the log does not say what went wrong: %s", log)
+	}
+}
+
+// A panic in the middle of an answer breaks it off: no client takes a part for the whole.
+func TestPanicInAnAnswerBreaksItOff(t *testing.T) {
+	t.Parallel()
+	a, mux := newAPI(t), http.NewServeMux()
+	a.route(mux, "GET /products/{id}", noToken, func(w http.ResponseWriter, _ *http.Request) error {
+		io.WriteString(w, "half")
+		http.NewResponseController(w).Flush()
+		panic("boom")
+	})
+	web := httptest.NewServer(a.observe(mux))
+	response, err := http.Get(web.URL + "/products/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	if body, err := io.ReadAll(response.Body); err == nil {
+		t.Errorf("the answer seems whole: %d %q", response.StatusCode, body)
+	}
+	web.Close()
+	if log := a.log.String(); !strings.Contains(log, "boom") || !strings.Contains(log, `"msg":"request"`) {
+		t.Errorf("the log does not say so: %s", log)
+	}
+}
+
+// A client that hangs up is no failure of ours, whatever that interrupts; what is one
+// stays one.
+func TestClientsThatHangUpAreNoFailures(t *testing.T) {
+	t.Parallel()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, c := range map[string]struct {
+		client   context.Context
+		draining bool
+		err      error
+		status   int
+		level    string
+	}{
+		"a client that hangs up":             {gone, false, context.Canceled, 499, ""},
+		"one that interrupts the database":   {gone, false, errUnavailable, 499, ""},
+		"one that has asked for nothing":     {gone, false, errNotFound, 404, ""},
+		"one that meets an error in our SQL": {gone, false, io.ErrUnexpectedEOF, 500, "ERROR"},
+		"a deadline of ours":                 {t.Context(), false, context.DeadlineExceeded, 503, "WARN"},
+		"a server that is closed":            {gone, true, context.Canceled, 503, "WARN"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newAPI(t)
+			a.draining.Store(c.draining)
+			a.products = readerFunc(func(context.Context, int64) (document, error) { return document{}, c.err })
+			a.handler.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(c.client, "GET", "/products/1", nil))
+			log := a.log.String()
+			if lines := strings.Count(log, "\n"); !strings.Contains(log, fmt.Sprintf(`"status":%d,`, c.status)) || !strings.Contains(log, c.level) || c.level == "" && lines != 1 {
+				t.Errorf("want status %d and a line of level %q: %s", c.status, c.level, log)
+			}
+		})
+	}
+}
+
+// That a client hung up is seen by its connection.
+func TestClientThatHangsUpIsLoggedAs499(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	ctx, hangUp := context.WithCancel(t.Context())
+	a.products = readerFunc(func(ctx context.Context, _ int64) (document, error) {
+		hangUp()
+		<-ctx.Done()
+		return document{}, ctx.Err()
+	})
+	web := httptest.NewServer(a.handler)
+	request, _ := http.NewRequestWithContext(ctx, "GET", web.URL+"/products/1", nil)
+	if response, err := http.DefaultClient.Do(request); err == nil {
+		response.Body.Close()
+		t.Errorf("it has an answer: %d", response.StatusCode)
+	}
+	web.Close()
+	if log := a.log.String(); !strings.Contains(log, `"status":499,`) || strings.Contains(log, "WARN") {
+		t.Error(log)
 	}
 }
 

@@ -16,7 +16,8 @@ type limitSettings struct {
 // requestLimits counts the requests of a server by what they are waiting for.
 // Each kind has as many places, so that clients that send their bodies slowly,
 // or listen to events, take none from those that are in work. Answers that are
-// being sent hold no place: the server's write timeout bounds them.
+// being sent hold no place: the server's write timeout bounds them, and maxPage
+// what a list has of memory meanwhile.
 //
 // Imports and exports last as long as their clients like, and hold a batch of
 // products each, so they have fewer places: see maxBulk. Those that watch the

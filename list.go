@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // productFilter says which products a list holds, in which order, and where
@@ -155,7 +156,10 @@ func (f productFilter) where() (c conditions, err error) {
 	if f.UserID != nil {
 		c.add("user_id = ANY(?)", []int64{*f.UserID})
 	}
-	if f.Name != "" {
+	switch n := utf8.RuneCountInString(f.Name); {
+	case n > maxNameLength: // no name has so many, and SQLite refuses a pattern of too many
+		c.add("false")
+	case n > 0:
 		c.add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
 	}
 	if f.MinPrice != nil {

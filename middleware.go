@@ -39,6 +39,8 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 			slog.String("request_id", rec.origin.RequestID), slog.Any("err", value), slog.String("stack", string(debug.Stack())))
 		if rec.status == 0 {
 			s.renderError(rec, r, errors.New("panic"))
+		} else {
+			value = http.ErrAbortHandler // no client may take a part for the whole
 		}
 	}
 	rec.leave()
@@ -326,6 +328,10 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 		s.log.LogAttrs(r.Context(), slog.LevelError, "request failed", slog.String("request_id", from.RequestID), slog.Any("err", err))
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
+		if s.hungUp(r) {
+			w.(*recorder).status = statusHungUp
+			break
+		}
 		s.log.LogAttrs(r.Context(), slog.LevelWarn, "request refused", slog.String("request_id", from.RequestID), slog.Any("err", err))
 	case http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", "1")
@@ -342,6 +348,15 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	w.WriteHeader(p.Status)
 	w.Write(body)
 }
+
+// statusHungUp is what a request counts as that its client has left, as in nginx: it
+// may interrupt anything, and is no failure of ours. The answer goes out all the same,
+// to clients that have closed their own side of the connection alone.
+const statusHungUp = 499
+
+// hungUp says whether the client has left. That the server closes the connection at
+// its own end looks the same.
+func (s *server) hungUp(r *http.Request) bool { return r.Context().Err() != nil && !s.draining.Load() }
 
 // challenge says what is missing (RFC 6750, section 3).
 func challenge(err error) string {

@@ -468,7 +468,7 @@ func (p *program) withInvalidation(ctx context.Context, do func(invalidate func(
 		return err
 	}
 	cache := newCache(nil, redis, p.CacheTTL, p.log)
-	runCtx, stop := context.WithCancel(ctx)
+	runCtx, stop := context.WithCancel(context.WithoutCancel(ctx)) // do has something to tell until it returns
 	ended := make(chan error, 1)
 	go func() { ended <- cache.Run(runCtx) }()
 	err = do(cache.Invalidate)

@@ -469,6 +469,23 @@ func (s *store) DeleteProduct(ctx context.Context, id int64, allow func(Product)
 	return nil
 }
 
+// changeBatch is how many rows one statement of inBatches changes.
+const changeBatch = 1000
+
+// inBatches runs a statement that changes as many rows at most as its last parameter
+// says until it changes fewer, and answers how many they were. Each time is a
+// transaction of its own, so that others can write in between, and that what was done
+// stays done if ctx ends.
+func (s *store) inBatches(ctx context.Context, sql string, args ...any) (changed int64, err error) {
+	for args = append(args, changeBatch); ; {
+		n, err := s.Exec(ctx, sql, args...)
+		changed += n
+		if err != nil || n < changeBatch {
+			return changed, err
+		}
+	}
+}
+
 // foldCase makes names comparable without regard to case, in any script: every
 // letter becomes the first of those that differ from it by case alone
 // (Unicode's simple folding, as regexp's (?i) does it).

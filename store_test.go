@@ -693,3 +693,143 @@ func TestStoreSaysWhenTheDatabaseIsAway(t *testing.T) {
 	}
 	server.Thaw(t)
 }
+
+// What a deadline interrupts in SQLite, or a client who goes away, is no error in our
+// SQL, wherever it is met.
+func TestStoreSaysThatSQLiteWasInterrupted(t *testing.T) {
+	t.Parallel()
+	const endless = `(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n)`
+	s := sqliteStore(t)
+	ends := map[string]func(context.Context) (context.Context, context.CancelFunc){
+		"by its deadline": func(ctx context.Context) (context.Context, context.CancelFunc) {
+			return context.WithTimeout(ctx, 50*time.Millisecond)
+		},
+		"by its client": func(ctx context.Context) (context.Context, context.CancelFunc) {
+			ctx, cancel := context.WithCancel(ctx)
+			time.AfterFunc(50*time.Millisecond, cancel)
+			return ctx, cancel
+		},
+	}
+	calls := map[string]func(context.Context) error{
+		"a statement": func(ctx context.Context) error {
+			_, err := s.Exec(ctx, `DELETE FROM products WHERE id = `+endless)
+			return err
+		},
+		"a query": func(ctx context.Context) error { return queryRow(ctx, s, []any{new(any)}, `SELECT `+endless) },
+		"a query for once": func(ctx context.Context) error {
+			_, err := scanProducts(s.QueryOnce(ctx, `SELECT `+endless))
+			return err
+		},
+		"a transaction": func(ctx context.Context) error {
+			return s.InTx(ctx, func(tx querier) error { return queryRow(ctx, tx, []any{new(any)}, `SELECT `+endless) })
+		},
+		"a commit": func(ctx context.Context) error {
+			return s.InTx(ctx, func(tx querier) error {
+				<-ctx.Done()
+				return nil
+			})
+		},
+	}
+	for how, end := range ends {
+		for what, call := range calls {
+			ctx, cancel := end(t.Context())
+			if err := call(ctx); problemOf(err).Status != 503 {
+				t.Errorf("%s, ended %s: %v", what, how, err)
+			}
+			cancel()
+		}
+	}
+}
+
+// batchedDB notes how many rows statements change at most, and all together.
+type batchedDB struct {
+	database
+	most, all int64
+}
+
+func (d *batchedDB) Exec(ctx context.Context, sql string, args ...any) (int64, error) {
+	return batchedTx{d.database, d}.Exec(ctx, sql, args...)
+}
+
+func (d *batchedDB) InTx(ctx context.Context, do func(querier) error) error {
+	return d.database.InTx(ctx, func(tx querier) error { return do(batchedTx{tx, d}) })
+}
+
+type batchedTx struct {
+	querier
+	noted *batchedDB
+}
+
+func (tx batchedTx) Exec(ctx context.Context, sql string, args ...any) (int64, error) {
+	n, err := tx.querier.Exec(ctx, sql, args...)
+	tx.noted.most, tx.noted.all = max(tx.noted.most, n), tx.noted.all+n
+	return n, err
+}
+
+// However much there is to clear up or to replay, no statement is at it for long:
+// others can write in between.
+func TestStoreChangesManyRowsInBatches(t *testing.T) {
+	t.Parallel()
+	const many = 2*changeBatch + 1
+	eachStore(t, func(t *testing.T, s *store) {
+		hook := hookOn(t, s, "http://a.example")
+		db := &batchedDB{database: s.database}
+		batched := newStore(db)
+		insert := func(sql string, args ...any) {
+			t.Helper()
+			sql = `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2001) ` + sql
+			if n, err := s.Exec(t.Context(), sql, args...); err != nil || n != many {
+				t.Fatalf("%d rows, %v", n, err)
+			}
+		}
+		count := func(what string, want int) {
+			t.Helper()
+			var n int
+			if err := queryRow(t.Context(), s, []any{&n}, `SELECT count(*) FROM `+what); err != nil || n != want {
+				t.Errorf("%d %s, %v, want %d", n, what, err, want)
+			}
+		}
+		batchwise := func(what string, call func(context.Context) error) {
+			t.Helper()
+			db.most, db.all = 0, 0
+			if err := call(t.Context()); err != nil || db.most > changeBatch || db.all < many {
+				t.Errorf("%s: %v, %d rows, %d at once", what, err, db.all, db.most)
+			}
+		}
+		gone := func(ctx context.Context) error {
+			return batched.SettleUndelivered(ctx, hook.ID, delivery{ID: 1}, failure{imageError: permanent("http_410", "410 Gone")}, true)
+		}
+		insertDeliveries := func() {
+			t.Helper()
+			insert(`INSERT INTO deliveries (webhook_id, event_id, product_id, body, run_at) SELECT $1, i, 1, '', $2 FROM n`, hook.ID, s.now())
+		}
+
+		insert(`INSERT INTO idempotency_keys (user_id, key, fingerprint, response, product_id, created_at) SELECT 1, 'k' || i, '', '', 1, $1 FROM n`, s.now().Add(-2*idempotencyTime))
+		batchwise("forgetting keys", batched.ForgetIdempotencyKeys)
+		count("idempotency_keys", 0)
+
+		insertDeliveries()
+		batchwise("giving up those of a webhook that is gone", gone)
+		count("deliveries WHERE run_at IS NULL AND failed_at IS NOT NULL AND error_code = 'http_410'", many)
+		batchwise("replaying", func(ctx context.Context) error {
+			n, err := batched.ReplayDeliveries(ctx, hook.ID)
+			if n != many {
+				t.Errorf("%d replayed", n)
+			}
+			return err
+		})
+		count("deliveries WHERE run_at IS NOT NULL AND error_code = ''", many)
+
+		batchwise("giving up again", gone)
+		advance(batched, 2*failedDeliveryTime)
+		batchwise("forgetting what was given up", batched.ForgetDeliveries)
+		count("deliveries", 0)
+
+		insertDeliveries()
+		batchwise("what a process that died has left of a webhook that is gone", batched.ForgetDeliveries)
+		insertDeliveries()
+		batchwise("deleting a webhook", func(ctx context.Context) error { return batched.DeleteWebhook(ctx, hook.ID) })
+		count("deliveries", 0)
+		count("webhooks", 0)
+	})
+}

@@ -169,10 +169,19 @@ func (s *store) FailedDeliveries(ctx context.Context, webhookID int64, limit int
 	return failed, wrap(fmt.Sprintf("read failed deliveries of webhook %d", webhookID), err)
 }
 
+const deleteDeliveries = `
+DELETE FROM deliveries WHERE id IN (SELECT id FROM deliveries WHERE webhook_id = $1 LIMIT $2)`
+
 // DeleteWebhook deletes a webhook with its deliveries. One that is being sent may
-// still arrive.
+// still arrive. At first it is gone, so that the deliveries become no more.
 func (s *store) DeleteWebhook(ctx context.Context, id int64) error {
-	_, err := s.Exec(ctx, `DELETE FROM webhooks WHERE id = $1`, id)
+	_, err := s.Exec(ctx, retireWebhook, id, s.now())
+	if err == nil {
+		_, err = s.inBatches(ctx, deleteDeliveries, id)
+	}
+	if err == nil {
+		_, err = s.Exec(ctx, `DELETE FROM webhooks WHERE id = $1`, id)
+	}
 	return wrap(fmt.Sprintf("delete webhook %d", id), err)
 }
 
@@ -181,19 +190,15 @@ const (
 
 	replayDeliveries = `
 UPDATE deliveries SET attempts = 0, run_at = $2, failed_at = NULL, error_code = '', error_detail = ''
-WHERE webhook_id = $1 AND run_at IS NULL`
+WHERE run_at IS NULL AND id IN (SELECT id FROM deliveries WHERE webhook_id = $1 AND run_at IS NULL LIMIT $3)`
 )
 
 // ReplayDeliveries queues those anew that were given up, and answers how many
 // they were. A webhook that was gone is back, and goes on where it stopped.
 func (s *store) ReplayDeliveries(ctx context.Context, webhookID int64) (replayed int64, err error) {
-	err = s.InTx(ctx, func(tx querier) error {
-		if _, err := tx.Exec(ctx, reviveWebhook, webhookID); err != nil {
-			return err
-		}
-		replayed, err = tx.Exec(ctx, replayDeliveries, webhookID, s.now())
-		return err
-	})
+	if _, err = s.Exec(ctx, reviveWebhook, webhookID); err == nil {
+		replayed, err = s.inBatches(ctx, replayDeliveries, webhookID, s.now())
+	}
 	return replayed, wrap(fmt.Sprintf("replay deliveries of webhook %d", webhookID), err)
 }
 
@@ -342,13 +347,19 @@ WHERE id = $1 AND claim = $2`
 
 	retireWebhook = `UPDATE webhooks SET gone_at = $2 WHERE id = $1`
 
+	// failDeliveries locks the webhooks, so that none comes back meanwhile.
 	failDeliveries = `
-UPDATE deliveries SET run_at = NULL, claim = 0, failed_at = $2, error_code = $3, error_detail = $4
-WHERE webhook_id = $1 AND run_at IS NOT NULL`
+WITH undeliverable AS MATERIALIZED (
+	SELECT d.id, h.last_code, h.last_detail FROM webhooks h JOIN deliveries d ON d.webhook_id = h.id
+	WHERE h.gone_at IS NOT NULL AND d.run_at IS NOT NULL LIMIT $2 FOR UPDATE)
+UPDATE deliveries SET run_at = NULL, claim = 0, failed_at = $1, error_code = u.last_code, error_detail = u.last_detail
+FROM undeliverable u WHERE deliveries.id = u.id`
 )
 
 // SettleUndelivered records a failed try: the delivery is due again at f.RetryAt,
 // or given up. With gone so are all of the webhook, which gets nothing more.
+//
+// They follow, so that nobody waits for them: what this does not come to ForgetDeliveries does.
 func (s *store) SettleUndelivered(ctx context.Context, webhookID int64, d delivery, f failure, gone bool) error {
 	now := s.now()
 	retryAt, failedAt := f.times(now)
@@ -359,12 +370,12 @@ func (s *store) SettleUndelivered(ctx context.Context, webhookID int64, d delive
 		if _, err := tx.Exec(ctx, settleDeliveryFailed, d.ID, d.claim, retryAt, failedAt, f.Code, f.Detail); err != nil || !gone {
 			return err
 		}
-		if _, err := tx.Exec(ctx, retireWebhook, webhookID, now); err != nil {
-			return err
-		}
-		_, err := tx.Exec(ctx, failDeliveries, webhookID, now, f.Code, f.Detail)
+		_, err := tx.Exec(ctx, retireWebhook, webhookID, now)
 		return err
 	})
+	if err == nil && gone {
+		_, err = s.inBatches(ctx, failDeliveries, now)
+	}
 	return wrap(fmt.Sprintf("settle failed delivery %d", d.ID), err)
 }
 
@@ -378,8 +389,16 @@ func (s *store) GiveBackDelivery(ctx context.Context, d delivery) error {
 // failedDeliveryTime is how long a delivery that was given up can be replayed.
 const failedDeliveryTime = 7 * 24 * time.Hour
 
-// ForgetDeliveries deletes those that were given up long ago.
+const forgetDeliveries = `
+DELETE FROM deliveries
+WHERE run_at IS NULL AND id IN (SELECT id FROM deliveries WHERE run_at IS NULL AND failed_at < $1 LIMIT $2)`
+
+// ForgetDeliveries deletes those that were given up long ago, and gives up what is
+// left of webhooks that are gone.
 func (s *store) ForgetDeliveries(ctx context.Context) error {
-	_, err := s.Exec(ctx, `DELETE FROM deliveries WHERE run_at IS NULL AND failed_at < $1`, s.now().Add(-failedDeliveryTime))
+	_, err := s.inBatches(ctx, failDeliveries, s.now())
+	if err == nil {
+		_, err = s.inBatches(ctx, forgetDeliveries, s.now().Add(-failedDeliveryTime))
+	}
 	return wrap("forget failed deliveries", err)
 }

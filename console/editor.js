@@ -23,6 +23,7 @@ class Editor {
     this.description = h('textarea', { name: 'product_description', rows: 3, maxLength: 10000, value: product?.product_description ?? '' })
     this.images = new ImageList(product?.product_images ?? [''])
     this.notice = h('div', { role: 'alert' })
+    this.shown = this.values() // what the form made of base: its controls drop and replace characters
   }
 
   async open() {
@@ -38,13 +39,12 @@ class Editor {
       h('div', { class: 'form-actions' }, cancel, this.save))
     const { dialog, closed } = openDialog({ title: isNew ? 'New product' : 'Edit product', content: form, kind: 'sheet', mayClose: () => this.mayClose() })
     this.dialog = dialog
-    this.untouched = JSON.stringify(this.values())
     this.name.focus()
     await closed
   }
 
   async mayClose() {
-    if (JSON.stringify(this.values()) === this.untouched) return true
+    if (JSON.stringify(this.values()) === JSON.stringify(this.shown)) return true
     return confirm({ title: 'Leave without saving?', text: 'What you have typed will be lost.', action: 'Leave', danger: true })
   }
 
@@ -85,7 +85,7 @@ class Editor {
   }
 
   async change() {
-    const patch = difference(written(this.base), this.values())
+    const patch = difference(this.shown, this.values())
     if (Object.keys(patch).length === 0) return this.base
     try {
       const { data } = await call('PATCH', `/products/${this.base.id}`, {
@@ -114,7 +114,7 @@ class Editor {
 
   showConflict(now, theirs) {
     const load = button('Take theirs', { onclick: () => this.restart(now) })
-    const keep = button('Keep my changes', { onclick: () => this.rebase(now, theirs) })
+    const keep = button('Keep my changes', { onclick: () => this.rebase(now) })
     fill(this.notice, h('div', { class: 'notice bad' }, icon('alert'), h('div', null,
       h('strong', null, 'Somebody else has changed this product meanwhile.'),
       h('dl', { class: 'changes' }, Object.entries(theirs).map(([name, value]) => h('div', null, h('dt', null, labels[name]), h('dd', null, `${shown(name, written(this.base)[name])} → ${shown(name, value)}`)))),
@@ -126,11 +126,10 @@ class Editor {
 
   // What the reader has not changed becomes theirs, so that saving undoes nothing
   // but what was changed by both.
-  rebase(now, theirs) {
-    const mine = difference(written(this.base), this.values())
-    this.base = now
-    this.put(Object.fromEntries(Object.entries(theirs).filter(([name]) => !(name in mine))))
-    fill(this.notice)
+  rebase(now) {
+    const mine = difference(this.shown, this.values())
+    this.load(now)
+    this.put(mine)
     this.save.focus()
   }
 
@@ -142,11 +141,15 @@ class Editor {
   }
 
   restart(now) {
+    this.load(now)
+    this.name.focus()
+  }
+
+  load(now) {
     this.base = now
     this.put(written(now))
-    this.untouched = JSON.stringify(this.values())
+    this.shown = this.values()
     fill(this.notice)
-    this.name.focus()
   }
 
   clearErrors() {
