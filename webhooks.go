@@ -347,11 +347,12 @@ WHERE id = $1 AND claim = $2`
 
 	retireWebhook = `UPDATE webhooks SET gone_at = $2 WHERE id = $1`
 
-	// failDeliveries locks the webhooks, so that none comes back meanwhile.
+	// failDeliveries locks the webhooks, so that none comes back meanwhile. SQLite uses
+	// the index of the deliveries only if the join and the time are put in this way.
 	failDeliveries = `
 WITH undeliverable AS MATERIALIZED (
-	SELECT d.id, h.last_code, h.last_detail FROM webhooks h JOIN deliveries d ON d.webhook_id = h.id
-	WHERE h.gone_at IS NOT NULL AND d.run_at IS NOT NULL LIMIT $2 FOR UPDATE)
+	SELECT d.id, h.last_code, h.last_detail FROM webhooks h CROSS JOIN deliveries d
+	WHERE d.webhook_id = h.id AND h.gone_at IS NOT NULL AND d.run_at >= '-infinity' LIMIT $2 FOR UPDATE)
 UPDATE deliveries SET run_at = NULL, claim = 0, failed_at = $1, error_code = u.last_code, error_detail = u.last_detail
 FROM undeliverable u WHERE deliveries.id = u.id`
 )
