@@ -92,7 +92,7 @@ func (q *embeddedQueue) add(jobs ...Job) {
 // Consume hands jobs to out, at most prefetch of them unsettled. When ctx ends
 // it takes no more jobs, waits until those handed out are settled, and returns
 // nil. It never closes out. A job that was in hand when its process died is handed
-// out while nothing else is in hand.
+// out while nothing else is in hand, if it was so twice in a row.
 func (q *embeddedQueue) Consume(ctx context.Context, prefetch int, out chan<- Delivery) error {
 	stop := context.AfterFunc(ctx, func() {
 		q.mu.Lock() // so that no consumer is between its look at ctx and its wait
@@ -108,7 +108,7 @@ func (q *embeddedQueue) Consume(ctx context.Context, prefetch int, out chan<- De
 			break
 		}
 		places := int64(1)
-		if job.Starts > 0 && hand.Acquire(context.WithoutCancel(ctx), int64(prefetch-1)) == nil {
+		if job.Starts > 1 && hand.Acquire(context.WithoutCancel(ctx), int64(prefetch-1)) == nil {
 			places = int64(prefetch)
 		}
 		delivery := newDelivery(job, hand, places, func(v verdict) error { q.settle(job, v); return nil })

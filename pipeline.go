@@ -423,7 +423,11 @@ func (p *pipeline) putOff(ctx context.Context, w *work) error {
 		return errors.Join(err, p.giveBack(ctx, w))
 	}
 	imagesPutOff.Inc()
-	w.log.Debug("image put off", "err", w.err)
+	level := slog.LevelDebug
+	if errors.Is(w.err, errNoSocket) {
+		level = slog.LevelWarn // it concerns more than this image
+	}
+	w.log.Log(ctx, level, "image put off", "err", w.err)
 	return w.delivery.Ack()
 }
 

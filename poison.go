@@ -15,8 +15,7 @@ import (
 // started alone maxLoneStarts times without one is poison.
 //
 // The queue within the process ends with it and counts nothing. There every start is
-// counted, and what has any when a queue is filled was in hand as its process died:
-// that is started alone.
+// counted, and what was in hand as two processes in a row died is started alone.
 //
 // An image so ends after at most suspectDeliveries + maxLoneStarts + 1
 // deliveries, which is within deliveryLimit. The broker's limit is behind that,

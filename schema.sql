@@ -68,7 +68,7 @@ CREATE TABLE images (
     port         integer NOT NULL, -- of source, or its scheme's own
     status       text NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'ready', 'failed')),
     attempts     integer NOT NULL DEFAULT 0, -- failed tries since the image was queued or replayed
-    lone_starts  integer NOT NULL DEFAULT 0, -- starts with nothing else in hand that had no outcome: see CountLoneStart
+    lone_starts  integer NOT NULL DEFAULT 0, -- starts in a row that had no outcome, where they are counted: see poison.go
     put_off      integer NOT NULL DEFAULT 0, -- times that it was put off: see PutOff
     run_at       timestamptz,
     claim        bigint NOT NULL DEFAULT 0, -- not 0: a dispatcher publishes it, and run_at is its lease
