@@ -99,6 +99,27 @@ func TestRequeueAllReadsWhatIsPending(t *testing.T) {
 	}
 }
 
+// However many deliveries wait for a webhook, the next are found without sorting them.
+func TestClaimDeliveriesReadsWhatItClaims(t *testing.T) {
+	t.Parallel()
+	s, db := postgresStore(t)
+	hook := hookOn(t, s, "http://a.example")
+	const claimed = 4
+	for _, sql := range []string{
+		fmt.Sprintf(`INSERT INTO deliveries (webhook_id, event_id, product_id, body, run_at)
+			SELECT %d, n, 1, '', now() - n %% 100 * interval '1 second' FROM generate_series(1, 20000) n`, hook.ID),
+		`ANALYZE deliveries`,
+	} {
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	plan, root := explain(t, db, claimDeliveries, hook.ID, s.now(), s.now().Add(deliveryLease), 1, claimed)
+	if read := root.readOf("deliveries"); read > 3*claimed { // by the scan, its lock and the update itself
+		t.Errorf("reads %v rows to claim %d:\n%s", read, claimed, plan)
+	}
+}
+
 func allSorts() []sortOrder {
 	return []sortOrder{"id", "-id", "product_price", "-product_price", "created_at", "-created_at", "product_name", "-product_name"}
 }
