@@ -203,9 +203,10 @@ func (s *store) ReplayDeliveries(ctx context.Context, webhookID int64) (replayed
 }
 
 const (
+	// SQLite finds the events by their index for values, which + makes of the columns.
 	anyWebhookBehind = `
 SELECT EXISTS (SELECT 1 FROM webhooks h WHERE h.gone_at IS NULL AND
-	EXISTS (SELECT 1 FROM settled_events e WHERE (e.tx, e.id) > (h.seen_tx, h.seen_id)))`
+	EXISTS (SELECT 1 FROM settled_events e WHERE (e.tx, e.id) > (+h.seen_tx, +h.seen_id)))`
 
 	lockWebhooks = `
 SELECT id, user_id, seen_tx, seen_id FROM webhooks WHERE gone_at IS NULL ORDER BY id FOR UPDATE SKIP LOCKED`
