@@ -221,7 +221,7 @@ func (r sqliteRows) Err() error { return sqliteError(r.Rows.Err()) }
 
 // rowLock is PostgreSQL's row locking, which SQLite neither has nor needs: its
 // write transactions run one after the other.
-var rowLock = regexp.MustCompile(`\s+FOR UPDATE( SKIP LOCKED)?`)
+var rowLock = regexp.MustCompile(`\s+FOR (?:NO KEY )?UPDATE( SKIP LOCKED)?`)
 
 // anyOf is PostgreSQL's test for an element of an array, which goes to SQLite as
 // JSON: see sqliteArgs.

@@ -82,9 +82,9 @@ const maxWebhooks = 20
 var errTooManyWebhooks = fmt.Errorf("there are %d webhooks already", maxWebhooks)
 
 const (
-	// lockWebhookOwner lets one of two at once count first. Admins' webhooks have
-	// no owner, and may be one too many.
-	lockWebhookOwner = `SELECT id FROM users WHERE id = $1 FOR UPDATE`
+	// lockWebhookOwner lets one of two at once count first, and nobody wait who stores
+	// a product of that user. Admins' webhooks have no owner, and may be one too many.
+	lockWebhookOwner = `SELECT id FROM users WHERE id = $1 FOR NO KEY UPDATE`
 
 	countWebhooks = `SELECT count(*) FROM webhooks WHERE coalesce(user_id, 0) = $1`
 

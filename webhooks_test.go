@@ -421,6 +421,27 @@ func TestWebhookThatIsBackCatchesUp(t *testing.T) {
 	})
 }
 
+// Somebody's webhook does not wait until a product of theirs is stored, nor the
+// product for the webhook. (SQLite has one writer at a time.)
+func TestWebhookIsStoredBesideProducts(t *testing.T) {
+	t.Parallel()
+	s, db := postgresStore(t)
+	err := db.InTx(t.Context(), func(tx querier) error {
+		_, err := tx.Exec(t.Context(), `INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at)
+			VALUES (1, '', '', '', 0, now(), now())`)
+		if err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		_, err = s.CreateWebhook(ctx, webhook{UserID: new(int64(1)), URL: "http://a.example", Secret: newWebhookSecret()})
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 // A claim is a lease: what its process did not settle is due again, and then the
 // first process has no say in it.
 func TestDeliveryIsClaimedForATime(t *testing.T) {
