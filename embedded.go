@@ -221,19 +221,26 @@ func (r sqliteRows) Err() error { return sqliteError(r.Rows.Err()) }
 
 // rowLock is PostgreSQL's row locking, which SQLite neither has nor needs: its
 // write transactions run one after the other.
-var rowLock = regexp.MustCompile(`\s+FOR UPDATE( SKIP LOCKED)?`)
+var rowLock = regexp.MustCompile(`\s+FOR (?:NO KEY )?UPDATE( SKIP LOCKED)?`)
 
 // anyOf is PostgreSQL's test for an element of an array, which goes to SQLite as
 // JSON: see sqliteArgs.
 var anyOf = regexp.MustCompile(`= ANY\((\$\d+)\)`)
 
+// beyondID ends in the value that an id is compared with in a row, as in
+// (price_cents, id) > ($1, $2). SQLite begins in the midst of an index at an id only
+// if the value has a collation: an id that is its rowid has none.
+var beyondID = regexp.MustCompile(`\bid\) [<>]=? \(\$\d+, \$\d+`)
+
 // sqliteFunctions has SQLite's names of what PostgreSQL calls otherwise. Both
-// call the elements of a JSON array value, and a member of one value->>'name'.
-var sqliteFunctions = strings.NewReplacer("json_array_elements(", "json_each(", "decode(value->>'fingerprint', 'hex')", "unhex(value->>'fingerprint')", "$", "?")
+// call the elements of a JSON array value, and a member of one value->>'name'. Every
+// event is settled here.
+var sqliteFunctions = strings.NewReplacer("json_array_elements(", "json_each(", "decode(value->>'fingerprint', 'hex')", "unhex(value->>'fingerprint')", "settled_events", "events", "$", "?")
 
 // sqliteSQL puts a query of the store into SQLite's dialect. The parameters
 // become ?N, since SQLite numbers $N by where it first stands.
 func sqliteSQL(query string) string {
+	query = beyondID.ReplaceAllString(query, "$0 COLLATE BINARY")
 	query = anyOf.ReplaceAllString(rowLock.ReplaceAllString(query, ""), "IN (SELECT value FROM json_each($1))")
 	return sqliteFunctions.Replace(query)
 }

@@ -99,6 +99,71 @@ func TestRequeueAllReadsWhatIsPending(t *testing.T) {
 	}
 }
 
+// However many deliveries wait for a webhook, the next are found without sorting them.
+func TestClaimDeliveriesReadsWhatItClaims(t *testing.T) {
+	t.Parallel()
+	s, db := postgresStore(t)
+	hook := hookOn(t, s, "http://a.example")
+	const claimed = 4
+	for _, sql := range []string{
+		fmt.Sprintf(`INSERT INTO deliveries (webhook_id, event_id, product_id, body, run_at)
+			SELECT %d, n, 1, '', now() - n %% 100 * interval '1 second' FROM generate_series(1, 20000) n`, hook.ID),
+		`ANALYZE deliveries`,
+	} {
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	plan, root := explain(t, db, claimDeliveries, hook.ID, s.now(), s.now().Add(deliveryLease), 1, claimed)
+	if read := root.readOf("deliveries"); read > 3*claimed { // by the scan, its lock and the update itself
+		t.Errorf("reads %v rows to claim %d:\n%s", read, claimed, plan)
+	}
+}
+
+// The embedded default finds a place in the log, and one in any list, by an index
+// alone: it neither begins at the first row with the same key nor sorts the rest.
+func TestSQLiteFindsPlacesByIndex(t *testing.T) {
+	t.Parallel()
+	s := sqliteStore(t)
+	want := func(what, part string, sorts int, sql string, args ...any) {
+		t.Helper()
+		r, err := s.QueryOnce(t.Context(), "EXPLAIN QUERY PLAN "+sql, args...)
+		steps, err := collect(r, err, func(r rows) (step string, err error) {
+			err = r.Scan(new(any), new(any), new(any), &step)
+			return step, err
+		})
+		plan := strings.Join(steps, "\n")
+		if err != nil || !strings.Contains(plan, part) || strings.Count(plan, "TEMP B-TREE") != sorts {
+			t.Errorf("%s: %v, want %s:\n%s", what, err, part, plan)
+		}
+	}
+	want("events after a place", "events_order ((tx,rowid)>(?,?))", 0, selectEvents, 0, 1, 1)
+	want("is a place still in the log", "events_order ((tx,rowid)<(?,?))", 0, selectHasPlace, 0, 1)
+	want("is a webhook behind", "events_order ((tx,rowid)>(?,?))", 0, anyWebhookBehind)
+	p := create(t, s)
+	const imagesOfAPage = 1 // are sorted
+	for _, sort := range allSorts() {
+		beyond := "rowid>?"
+		if sort.key() != "id" {
+			beyond = "(" + sort.column() + ",rowid)>(?,?)"
+		}
+		if sort.descending() {
+			beyond = strings.ReplaceAll(beyond, ">", "<")
+		}
+		f := productFilter{Sort: sort, Limit: 50, After: cursorAfter(p, sort)}
+		sql, args, err := f.sql()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(string(sort), beyond, imagesOfAPage, sql, args...)
+		f.UserID = new(int64(1))
+		if sql, args, err = f.sql(); err != nil {
+			t.Fatal(err)
+		}
+		want("a user's by "+string(sort), "user_id=? AND "+beyond, imagesOfAPage, sql, args...)
+	}
+}
+
 func allSorts() []sortOrder {
 	return []sortOrder{"id", "-id", "product_price", "-product_price", "created_at", "-created_at", "product_name", "-product_name"}
 }

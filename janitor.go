@@ -54,8 +54,10 @@ func (j *janitor) report(ctx context.Context, err error) {
 	}
 }
 
+// collect deletes what is due for as long as a round takes at most. If there is more
+// it goes on soon: what is to be forgotten comes in between.
 func (j *janitor) collect(ctx context.Context) error {
-	for {
+	for until := time.Now().Add(garbageInterval); time.Now().Before(until); {
 		n, err := j.store.CollectGarbage(ctx, garbageBatch, func(ctx context.Context, key string) error {
 			ctx, cancel := context.WithTimeout(ctx, removeTimeout)
 			defer cancel()
@@ -65,4 +67,6 @@ func (j *janitor) collect(ctx context.Context) error {
 			return err
 		}
 	}
+	j.CollectSoon()
+	return nil
 }

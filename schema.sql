@@ -247,5 +247,5 @@ CREATE TABLE deliveries (
     traceparent  text NOT NULL DEFAULT ''
 );
 
-CREATE INDEX deliveries_due    ON deliveries (webhook_id, run_at);
+CREATE INDEX deliveries_due    ON deliveries (webhook_id, run_at, id);
 CREATE INDEX deliveries_failed ON deliveries (failed_at) WHERE run_at IS NULL;

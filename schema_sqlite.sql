@@ -1,6 +1,9 @@
 -- The embedded default's schema: schema.sql in SQLite's terms; what each table
 -- is for is said there. Text sorts by code point (SQLite's BINARY collation);
 -- times are text of fixed width in UTC, so they sort as they are.
+--
+-- No index names its table's id, with which each ends by itself: by one that is named
+-- SQLite does not find (price_cents, id) > (?, ?), and reads all with that price.
 
 CREATE TABLE users (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -35,13 +38,13 @@ CREATE TABLE products (
     updated_at          TIMESTAMP NOT NULL
 );
 
-CREATE INDEX products_price        ON products (price_cents, id);
-CREATE INDEX products_created      ON products (created_at, id);
-CREATE INDEX products_name         ON products (product_name, id);
-CREATE INDEX products_user         ON products (user_id, id);
-CREATE INDEX products_user_price   ON products (user_id, price_cents, id);
-CREATE INDEX products_user_created ON products (user_id, created_at, id);
-CREATE INDEX products_user_name    ON products (user_id, product_name, id);
+CREATE INDEX products_price        ON products (price_cents);
+CREATE INDEX products_created      ON products (created_at);
+CREATE INDEX products_name         ON products (product_name);
+CREATE INDEX products_user         ON products (user_id);
+CREATE INDEX products_user_price   ON products (user_id, price_cents);
+CREATE INDEX products_user_created ON products (user_id, created_at);
+CREATE INDEX products_user_name    ON products (user_id, product_name);
 
 CREATE TABLE images (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -79,9 +82,9 @@ CREATE INDEX images_published ON images (published_at) WHERE status = 'pending' 
 
 CREATE INDEX images_ready      ON images (ready_at) WHERE ready_at IS NOT NULL;
 CREATE INDEX images_dead       ON images (id) WHERE status = 'failed' AND discarded_at IS NULL;
-CREATE INDEX images_dead_code  ON images (error_code, id) WHERE status = 'failed' AND discarded_at IS NULL;
-CREATE INDEX images_dead_host  ON images (host, id) WHERE status = 'failed' AND discarded_at IS NULL;
-CREATE INDEX images_dead_user  ON images (user_id, id) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_code  ON images (error_code) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_host  ON images (host) WHERE status = 'failed' AND discarded_at IS NULL;
+CREATE INDEX images_dead_user  ON images (user_id) WHERE status = 'failed' AND discarded_at IS NULL;
 CREATE INDEX images_dead_since ON images (failed_at) WHERE status = 'failed' AND discarded_at IS NULL;
 
 CREATE TABLE image_attempts (
@@ -93,7 +96,7 @@ CREATE TABLE image_attempts (
     detail      TEXT NOT NULL
 );
 
-CREATE INDEX image_attempts_image ON image_attempts (image_id, id);
+CREATE INDEX image_attempts_image ON image_attempts (image_id);
 
 CREATE TABLE garbage (
     object_key TEXT PRIMARY KEY,
@@ -115,7 +118,8 @@ CREATE TABLE idempotency_keys (
 
 CREATE INDEX idempotency_keys_created ON idempotency_keys (created_at);
 
--- One writer at a time: ids are in the order in which transactions end.
+-- One writer at a time: ids are in the order in which transactions end, and every
+-- event is settled.
 CREATE TABLE events (
     tx           INTEGER NOT NULL DEFAULT 0,
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -141,10 +145,8 @@ CREATE TABLE events (
     traceparent  TEXT NOT NULL DEFAULT ''
 );
 
-CREATE UNIQUE INDEX events_order ON events (tx, id);
-CREATE INDEX events_product ON events (product_id, id);
-
-CREATE VIEW settled_events AS SELECT * FROM events;
+CREATE INDEX events_order   ON events (tx);
+CREATE INDEX events_product ON events (product_id);
 
 CREATE TRIGGER products_created AFTER INSERT ON products BEGIN
     INSERT INTO events (what, product_id, user_id, version) VALUES ('created', NEW.id, NEW.user_id, NEW.version);

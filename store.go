@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -473,17 +474,31 @@ func (s *store) DeleteProduct(ctx context.Context, id int64, allow func(Product)
 const changeBatch = 1000
 
 // inBatches runs a statement that changes as many rows at most as its last parameter
-// says until it changes fewer, and answers how many they were. Each time is a
+// says until it changes none, and answers how many they were. A batch may be smaller
+// because somebody else was at some of its rows: it is not the last. Each time is a
 // transaction of its own, so that others can write in between, and that what was done
 // stays done if ctx ends.
 func (s *store) inBatches(ctx context.Context, sql string, args ...any) (changed int64, err error) {
 	for args = append(args, changeBatch); ; {
 		n, err := s.Exec(ctx, sql, args...)
 		changed += n
-		if err != nil || n < changeBatch {
+		if err != nil || n == 0 {
 			return changed, err
 		}
 	}
+}
+
+// inChunks runs a statement, whose first parameter is ids, for so many of them at a
+// time as inBatches changes rows.
+func (s *store) inChunks(ctx context.Context, sql string, ids []int64, args ...any) (changed int64, err error) {
+	for chunk := range slices.Chunk(ids, changeBatch) {
+		n, err := s.Exec(ctx, sql, append([]any{chunk}, args...)...)
+		changed += n
+		if err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
 }
 
 // foldCase makes names comparable without regard to case, in any script: every

@@ -82,9 +82,9 @@ const maxWebhooks = 20
 var errTooManyWebhooks = fmt.Errorf("there are %d webhooks already", maxWebhooks)
 
 const (
-	// lockWebhookOwner lets one of two at once count first. Admins' webhooks have
-	// no owner, and may be one too many.
-	lockWebhookOwner = `SELECT id FROM users WHERE id = $1 FOR UPDATE`
+	// lockWebhookOwner lets one of two at once count first, and nobody wait who stores
+	// a product of that user. Admins' webhooks have no owner, and may be one too many.
+	lockWebhookOwner = `SELECT id FROM users WHERE id = $1 FOR NO KEY UPDATE`
 
 	countWebhooks = `SELECT count(*) FROM webhooks WHERE coalesce(user_id, 0) = $1`
 
@@ -169,8 +169,12 @@ func (s *store) FailedDeliveries(ctx context.Context, webhookID int64, limit int
 	return failed, wrap(fmt.Sprintf("read failed deliveries of webhook %d", webhookID), err)
 }
 
+// deleteDeliveries locks the webhook first, as failDeliveries does: else each could
+// wait for the other.
 const deleteDeliveries = `
-DELETE FROM deliveries WHERE id IN (SELECT id FROM deliveries WHERE webhook_id = $1 LIMIT $2)`
+WITH batch AS MATERIALIZED (
+	SELECT d.id FROM webhooks h CROSS JOIN deliveries d WHERE h.id = $1 AND d.webhook_id = h.id LIMIT $2 FOR UPDATE)
+DELETE FROM deliveries WHERE id IN (SELECT id FROM batch)`
 
 // DeleteWebhook deletes a webhook with its deliveries. One that is being sent may
 // still arrive. At first it is gone, so that the deliveries become no more.
@@ -188,24 +192,33 @@ func (s *store) DeleteWebhook(ctx context.Context, id int64) error {
 const (
 	reviveWebhook = `UPDATE webhooks SET gone_at = NULL WHERE id = $1`
 
+	selectFailedIDs = `SELECT id FROM deliveries WHERE webhook_id = $1 AND run_at IS NULL`
+
+	// replayDeliveries changes nothing once the webhook is gone again, which gives up
+	// what it queues.
 	replayDeliveries = `
 UPDATE deliveries SET attempts = 0, run_at = $2, failed_at = NULL, error_code = '', error_detail = ''
-WHERE run_at IS NULL AND id IN (SELECT id FROM deliveries WHERE webhook_id = $1 AND run_at IS NULL LIMIT $3)`
+WHERE id = ANY($1) AND run_at IS NULL AND EXISTS (SELECT 1 FROM webhooks h WHERE h.id = webhook_id AND h.gone_at IS NULL)`
 )
 
 // ReplayDeliveries queues those anew that were given up, and answers how many
 // they were. A webhook that was gone is back, and goes on where it stopped.
 func (s *store) ReplayDeliveries(ctx context.Context, webhookID int64) (replayed int64, err error) {
-	if _, err = s.Exec(ctx, reviveWebhook, webhookID); err == nil {
-		replayed, err = s.inBatches(ctx, replayDeliveries, webhookID, s.now())
+	failed, err := queryIDs(ctx, s, selectFailedIDs, webhookID) // which end, though some may fail anew meanwhile
+	if err == nil {
+		_, err = s.Exec(ctx, reviveWebhook, webhookID)
+	}
+	if err == nil {
+		replayed, err = s.inChunks(ctx, replayDeliveries, failed, s.now())
 	}
 	return replayed, wrap(fmt.Sprintf("replay deliveries of webhook %d", webhookID), err)
 }
 
 const (
+	// SQLite finds the events by their index for values, which + makes of the columns.
 	anyWebhookBehind = `
 SELECT EXISTS (SELECT 1 FROM webhooks h WHERE h.gone_at IS NULL AND
-	EXISTS (SELECT 1 FROM settled_events e WHERE (e.tx, e.id) > (h.seen_tx, h.seen_id)))`
+	EXISTS (SELECT 1 FROM settled_events e WHERE (e.tx, e.id) > (+h.seen_tx, +h.seen_id)))`
 
 	lockWebhooks = `
 SELECT id, user_id, seen_tx, seen_id FROM webhooks WHERE gone_at IS NULL ORDER BY id FOR UPDATE SKIP LOCKED`
@@ -351,10 +364,10 @@ WHERE id = $1 AND claim = $2`
 	// the index of the deliveries only if the join and the time are put in this way.
 	failDeliveries = `
 WITH undeliverable AS MATERIALIZED (
-	SELECT d.id, h.last_code, h.last_detail FROM webhooks h CROSS JOIN deliveries d
+	SELECT d.id FROM webhooks h CROSS JOIN deliveries d
 	WHERE d.webhook_id = h.id AND h.gone_at IS NOT NULL AND d.run_at >= '-infinity' LIMIT $2 FOR UPDATE)
-UPDATE deliveries SET run_at = NULL, claim = 0, failed_at = $1, error_code = u.last_code, error_detail = u.last_detail
-FROM undeliverable u WHERE deliveries.id = u.id`
+UPDATE deliveries SET run_at = NULL, claim = 0, failed_at = $1, error_code = 'http_410', error_detail = '410 Gone'
+WHERE id IN (SELECT id FROM undeliverable)`
 )
 
 // SettleUndelivered records a failed try: the delivery is due again at f.RetryAt,

@@ -76,9 +76,10 @@ func (d *deliverer) Run(ctx context.Context) error {
 }
 
 // work makes deliveries of new events, and opens a lane more for each webhook that
-// has something due, be it because a delivery hangs in each of those it has.
+// has something due, be it because a delivery hangs in each of those it has. A long
+// log becomes deliveries in several turns, so that those which are due need not wait.
 func (d *deliverer) work(ctx context.Context, lanes *sync.WaitGroup) error {
-	for more := true; more; {
+	for more, until := true, time.Now().Add(webhookPoll); more && time.Now().Before(until); {
 		var err error
 		if more, err = d.store.MakeDeliveries(ctx, feedPage, d.body); err != nil {
 			return err

@@ -421,6 +421,68 @@ func TestWebhookThatIsBackCatchesUp(t *testing.T) {
 	})
 }
 
+// Somebody's webhook does not wait until a product of theirs is stored, nor the
+// product for the webhook. (SQLite has one writer at a time.)
+func TestWebhookIsStoredBesideProducts(t *testing.T) {
+	t.Parallel()
+	s, db := postgresStore(t)
+	err := db.InTx(t.Context(), func(tx querier) error {
+		_, err := tx.Exec(t.Context(), `INSERT INTO products (user_id, product_name, name_folded, product_description, price_cents, created_at, updated_at)
+			VALUES (1, '', '', '', 0, now(), now())`)
+		if err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		_, err = s.CreateWebhook(ctx, webhook{UserID: new(int64(1)), URL: "http://a.example", Secret: newWebhookSecret()})
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// A replay ends, and what it has queued is given up with its reason, though the
+// receiver says meanwhile that it wants no more.
+func TestReplayToAWebhookThatIsGoneEnds(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		hook := hookOn(t, s, "http://a.example")
+		create(t, s)
+		makeDeliveries(t, s, hook, 1)
+		giveUpDelivery(t, s, hook, permanent("http_404", "404"), false)
+		again := &retiringDB{database: s.database, id: hook.ID}
+		if n, err := newStore(again).ReplayDeliveries(t.Context(), hook.ID); n != 0 || err != nil {
+			t.Errorf("%d replayed, %v", n, err)
+		}
+		insert := `INSERT INTO deliveries (webhook_id, event_id, product_id, body, run_at) VALUES ($1, 1, 1, '', $2)`
+		if _, err := s.Exec(t.Context(), insert, hook.ID, s.now()); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.ForgetDeliveries(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		failed, err := s.FailedDeliveries(t.Context(), hook.ID, 10)
+		if err != nil || len(failed) != 2 || failed[0].Code != "http_410" || failed[1].Code != "http_404" {
+			t.Errorf("failed: %+v, %v", failed, err)
+		}
+	})
+}
+
+// retiringDB has a webhook gone again as soon as it is back.
+type retiringDB struct {
+	database
+	id int64
+}
+
+func (d *retiringDB) Exec(ctx context.Context, sql string, args ...any) (int64, error) {
+	n, err := d.database.Exec(ctx, sql, args...)
+	if sql == reviveWebhook && err == nil {
+		_, err = d.database.Exec(ctx, retireWebhook, d.id, time.Now().UTC())
+	}
+	return n, err
+}
+
 // A claim is a lease: what its process did not settle is due again, and then the
 // first process has no say in it.
 func TestDeliveryIsClaimedForATime(t *testing.T) {
