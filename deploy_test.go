@@ -246,6 +246,7 @@ type manifest struct {
 			}
 		}
 		Triggers []struct{ Metadata map[string]string }
+		Fewest   int `yaml:"minReplicaCount"`
 	}
 }
 
@@ -352,6 +353,9 @@ func TestManifestsFitTheProgram(t *testing.T) {
 		}
 		for _, trigger := range m.Spec.Triggers {
 			queues = append(queues, trigger.Metadata["queueName"])
+			if m.Spec.Fewest < 1 {
+				t.Errorf("%s: nobody sends webhooks when there are %d workers", m.Metadata.Name, m.Spec.Fewest)
+			}
 		}
 	}
 	if !slices.Equal(queues, []string{workQueueName}) {

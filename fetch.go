@@ -24,20 +24,21 @@ import (
 )
 
 const (
-	maxURLBytes       = 2048
-	maxRedirects      = 5
-	maxHostDownloads  = 4           // at once, so that a slow host cannot take all workers
-	hostPatience      = time.Second // without the end of any of them, and the host is busy
-	maxRetryAfter     = time.Hour
-	connectTimeout    = 10 * time.Second // and as much again for the TLS handshake
-	headerTimeout     = 10 * time.Second // from the request to the end of the answer's header
-	maxHeaderBytes    = 64 << 10
-	idleTimeout       = 30 * time.Second
-	maxIdle           = 64
-	fetchUserAgent    = "pms/1 (product image fetcher)"
-	fetchAccept       = "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1"
-	paceWindow        = 10 * time.Second
-	minBytesPerWindow = 10 << 10 // 1 KiB/s, slower than any link that serves shoppers
+	maxURLBytes        = 2048
+	maxRedirects       = 5
+	maxHostDownloads   = 4           // at once, so that a slow host cannot take all workers
+	hostPatience       = time.Second // without the end of any of them, and the host is busy
+	maxRetryAfter      = time.Hour
+	connectTimeout     = 10 * time.Second // and as much again for the TLS handshake
+	headerTimeout      = 10 * time.Second // from the request to the end of the answer's header
+	maxHeaderBytes     = 64 << 10
+	originWriteTimeout = 10 * time.Second // of each write; see boundedWrites
+	idleTimeout        = 30 * time.Second
+	maxIdle            = 64
+	fetchUserAgent     = "pms/1 (product image fetcher)"
+	fetchAccept        = "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1"
+	paceWindow         = 10 * time.Second
+	minBytesPerWindow  = 10 << 10 // 1 KiB/s, slower than any link that serves shoppers
 )
 
 // fetchLimits bounds one download.
@@ -52,10 +53,11 @@ type fetchLimits struct {
 // a name server or an origin says makes it connect to an address that
 // refuseAddress refuses, because the socket is checked before it connects.
 type fetcher struct {
-	limits    fetchLimits
-	dialer    net.Dialer
-	transport *http.Transport
-	room      *semaphore.Weighted // bytes that bodies in hand hold
+	limits       fetchLimits
+	dialer       net.Dialer
+	transport    *http.Transport
+	writeTimeout time.Duration
+	room         *semaphore.Weighted // bytes that bodies in hand hold
 
 	mu    sync.Mutex
 	hosts map[string]*hostSlots // of the hosts with a download in work or waiting
@@ -87,10 +89,11 @@ func (s *hostSlots) patience() time.Duration {
 // close by themselves.
 func newFetcher(limits fetchLimits) *fetcher {
 	f := &fetcher{
-		limits: limits,
-		dialer: net.Dialer{Timeout: connectTimeout},
-		room:   semaphore.NewWeighted(max(limits.Memory, limits.MaxBytes)),
-		hosts:  map[string]*hostSlots{},
+		limits:       limits,
+		dialer:       net.Dialer{Timeout: connectTimeout},
+		writeTimeout: originWriteTimeout,
+		room:         semaphore.NewWeighted(max(limits.Memory, limits.MaxBytes)),
+		hosts:        map[string]*hostSlots{},
 	}
 	f.transport = &http.Transport{
 		Proxy:                  nil, // behind a proxy the check would see only the proxy's address
@@ -384,7 +387,26 @@ func (f *fetcher) dial(ctx context.Context, network, address string) (net.Conn, 
 		// Dial reports the first of several addresses; this one was not all there was.
 		return nil, transient("unreachable", "no permitted address of %s answers", host)
 	}
-	return conn, err
+	if err != nil {
+		return nil, err
+	}
+	return boundedWrites{conn, f.writeTimeout}, nil
+}
+
+// boundedWrites is a connection that fails a write which the other side does not
+// take in time. HTTP/2 and TLS answer what an origin sends (a PING, a KeyUpdate)
+// under locks that reading, closing and the end of a context wait for too: without
+// a bound an origin that asks and does not read would hold a download for ever.
+type boundedWrites struct {
+	net.Conn
+	timeout time.Duration
+}
+
+func (c boundedWrites) Write(b []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(c.timeout)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(b)
 }
 
 // downloadError tells what err, met while u was asked for or read, means for

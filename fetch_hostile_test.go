@@ -2,16 +2,22 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // carriers are the forms in which an IPv6 address carries an IPv4 address, with
@@ -160,5 +166,90 @@ func TestHostileOriginsEndToEnd(t *testing.T) {
 				t.Errorf("%s was refused by its port alone", image.Source)
 			}
 		}
+	}
+}
+
+// h2Frame is a frame of HTTP/2 (RFC 9113, section 4.1).
+func h2Frame(kind, flags byte, stream uint32, payload string) string {
+	head := append([]byte{byte(len(payload) >> 16), byte(len(payload) >> 8), byte(len(payload)), kind, flags}, binary.BigEndian.AppendUint32(nil, stream)...)
+	return string(head) + payload
+}
+
+const h2Data, h2Headers, h2Settings, h2Ping = 0, 1, 4, 6 // types of frames
+
+// pingWithoutEnd begins an answer to the first request, then sends PINGs for as long
+// as the client takes them, and reads none of what it says to them.
+func pingWithoutEnd(conn net.Conn) {
+	defer conn.Close()
+	if conn.(*tls.Conn).NetConn().(*net.TCPConn).SetReadBuffer(4<<10) != nil {
+		return
+	}
+	if _, err := io.CopyN(io.Discard, conn, int64(len("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))); err != nil {
+		return
+	}
+	for head := make([]byte, 9); head[3] != h2Headers; {
+		if _, err := io.ReadFull(conn, head); err != nil {
+			return
+		}
+		if _, err := io.CopyN(io.Discard, conn, int64(binary.BigEndian.Uint32(head)>>8)); err != nil {
+			return
+		}
+	}
+	const endHeaders, status200 = 4, "\x88"
+	_, err := io.WriteString(conn, h2Frame(h2Settings, 0, 0, "")+h2Frame(h2Headers, endHeaders, 1, status200)+h2Frame(h2Data, 0, 1, "x"))
+	for pings := strings.Repeat(h2Frame(h2Ping, 0, 0, "12345678"), 100); err == nil; {
+		_, err = io.WriteString(conn, pings)
+	}
+}
+
+// pinger is a host that pings without end. The client trusts its certificate.
+func pinger(t *testing.T, f *fetcher) (url string) {
+	t.Helper()
+	certified := httptest.NewTLSServer(nil)
+	certified.Close()
+	f.transport.TLSClientConfig = &tls.Config{RootCAs: x509.NewCertPool()}
+	f.transport.TLSClientConfig.RootCAs.AddCert(certified.Certificate())
+	listener, err := tls.Listen("tcp4", "127.0.0.1:0", &tls.Config{Certificates: certified.TLS.Certificates, NextProtos: []string{"h2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for conn, err := listener.Accept(); err == nil; conn, err = listener.Accept() {
+			t.Cleanup(func() { conn.Close() })
+			serving.Go(func() { pingWithoutEnd(conn) })
+		}
+	})
+	t.Cleanup(serving.Wait)
+	t.Cleanup(func() { listener.Close() })
+	return "https://" + listener.Addr().String() + "/"
+}
+
+// A host that asks without end and reads nothing holds a download, or a webhook, no
+// longer than one that is silent.
+func TestHostsThatReadNothingHoldNobody(t *testing.T) {
+	t.Parallel()
+	for name, call := range map[string]func(f *fetcher, url string) error{
+		"download": func(f *fetcher, url string) error { _, err := f.Fetch(t.Context(), url); return err },
+		"webhook": func(f *fetcher, url string) error {
+			return f.Post(t.Context(), url, http.Header{}, []byte("{}")) // its body waits to be written behind the answers to PINGs
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			limits := testLimits
+			limits.AllowPrivate, limits.Timeout = true, time.Second
+			f := testFetcher(t, limits, nil)
+			f.writeTimeout = time.Second
+			url := pinger(t, f)
+			done := make(chan error, 1)
+			go func() { done <- call(f, url) }()
+			select {
+			case err := <-done:
+				t.Logf("it ended with %v", err)
+			case <-time.After(20 * time.Second):
+				t.Error("it is held")
+			}
+		})
 	}
 }

@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -60,6 +62,7 @@ type app struct {
 }
 
 func serveCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
+	signal.Ignore(syscall.SIGPIPE) // that nobody reads the log any more ends no server: lines are dropped, see logBuffer
 	if _, err := parse(flags, args, 0); err != nil {
 		return err
 	}

@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -77,6 +79,27 @@ func TestStopAnswersTheRequestsInHand(t *testing.T) {
 		t.Errorf("the product: %d %s", status, body)
 	}
 	if err := api.wait(); err != nil {
+		t.Errorf("exit: %v", err)
+	}
+}
+
+// Ctrl-C at "pms serve 2>&1 | tee log" ends tee first: the program's log has no
+// reader any more, and it ends as well as ever.
+func TestStopWithNobodyToReadTheLog(t *testing.T) {
+	t.Parallel()
+	fifo := filepath.Join(t.TempDir(), "log")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	program := launchProgram(t, "/bin/sh", environment(map[string]string{"DATA_DIR": t.TempDir(), "LOG": fifo}), "-c", `exec "$0" serve 2>"$LOG"`, programPath(t))
+	reader, err := os.Open(fifo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(reader); lines.Scan() && !strings.Contains(lines.Text(), `"msg":"listening"`); {
+	}
+	reader.Close()
+	if err := program.stop(); err != nil {
 		t.Errorf("exit: %v", err)
 	}
 }
