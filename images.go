@@ -74,11 +74,18 @@ func scanJob(r rows) (Job, error) {
 	return j, err
 }
 
-// Both halves of the condition name a partial index, images_published and
-// images_due: as "run_at IS NULL OR claim <> 0" it would read the whole table.
-const requeueAll = `
-UPDATE images SET run_at = $1, claim = 0
-WHERE status = 'pending' AND (run_at IS NULL OR run_at IS NOT NULL AND claim <> 0)`
+const (
+	// Each half of the condition has a partial index, images_published and images_due,
+	// and SQLite uses them for a query each.
+	selectPublished = `
+SELECT id FROM images WHERE status = 'pending' AND run_at IS NULL
+UNION ALL
+SELECT id FROM images WHERE status = 'pending' AND run_at IS NOT NULL AND claim <> 0`
+
+	requeueAll = `
+UPDATE images SET run_at = $2, claim = 0
+WHERE id = ANY($1) AND status = 'pending' AND (run_at IS NULL OR claim <> 0)`
+)
 
 // requeueAllTime is enough for millions of rows.
 const requeueAllTime = 10 * time.Minute
@@ -87,25 +94,33 @@ const requeueAllTime = 10 * time.Minute
 // queue that begins empty. That includes what is claimed right now. It may have
 // gone to the queue that is no more, which RabbitMQ confirms all the same, and its
 // dispatcher, whose lease this takes away, then does not mark it as published.
+//
+// It does so in batches: one transaction for millions of rows would keep workers
+// from theirs, and events from being shown. If it ends in between it is to be called again.
 func (s *store) RequeueAll(ctx context.Context) (int64, error) {
 	if leftOut("refill") {
 		return 0, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, requeueAllTime)
 	defer cancel()
-	n, err := s.Exec(ctx, requeueAll, s.now())
+	ids, err := queryIDs(ctx, s, selectPublished)
+	if err != nil {
+		return 0, wrap("read published images", err)
+	}
+	n, err := s.inChunks(ctx, requeueAll, ids, s.now())
 	return n, wrap("requeue all published images", err)
 }
 
 const requeuePublished = `
 UPDATE images SET run_at = $1
-WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2`
+WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2
+	AND id IN (SELECT id FROM images WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2 LIMIT $3)`
 
 // RequeuePublished makes every unfinished job that was published at least age
 // ago due again: for what the broker has lost from a queue that stands.
 func (s *store) RequeuePublished(ctx context.Context, age time.Duration) (int64, error) {
 	now := s.now()
-	n, err := s.Exec(ctx, requeuePublished, now, now.Add(-age))
+	n, err := s.inBatches(ctx, requeuePublished, now, now.Add(-age))
 	return n, wrap("requeue published images", err)
 }
 

@@ -804,6 +804,22 @@ func TestStoreChangesManyRowsInBatches(t *testing.T) {
 			insert(`INSERT INTO deliveries (webhook_id, event_id, product_id, body, run_at) SELECT $1, i, 1, '', $2 FROM n`, hook.ID, s.now())
 		}
 
+		insert(`INSERT INTO images (product_id, user_id, position, source, host, port, published_at) SELECT $1, 1, i, '', '', 0, $2 FROM n`, create(t, s).ID, s.now())
+		requeue := func(call func(context.Context) (int64, error)) func(context.Context) error {
+			return func(ctx context.Context) error {
+				n, err := call(ctx)
+				if n != many {
+					t.Errorf("%d requeued", n)
+				}
+				return err
+			}
+		}
+		batchwise("filling a queue", requeue(batched.RequeueAll))
+		if _, err := s.Exec(t.Context(), `UPDATE images SET run_at = NULL`); err != nil {
+			t.Fatal(err)
+		}
+		batchwise("publishing again what was lost", requeue(func(ctx context.Context) (int64, error) { return batched.RequeuePublished(ctx, 0) }))
+
 		insert(`INSERT INTO idempotency_keys (user_id, key, fingerprint, response, product_id, created_at) SELECT 1, 'k' || i, '', '', 1, $1 FROM n`, s.now().Add(-2*idempotencyTime))
 		batchwise("forgetting keys", batched.ForgetIdempotencyKeys)
 		count("idempotency_keys", 0)
