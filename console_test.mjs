@@ -431,6 +431,18 @@ test('a failed image is replayed from its product', async (t) => {
   assert.equal((await fetch(`${CONSOLE}/products/${id}`)).status, 404)
 })
 
+test('a dead letter is found whatever its host looks like in a browser', async (t) => {
+  const { id } = await api('POST', '/products', { user_id: 1, product_name: 'Odd host', product_price: '8.00', product_images: ['http://127.1/odd.jpg'] })
+  await settled(id)
+  const page = await visit(t, `/products/${id}`)
+  await named(page, 'button', 'Replay').click()
+  await page.getByText('The image is queued anew.').waitFor()
+  await settled(id)
+  await page.getByRole('link', { name: 'Dead letters of this host' }).click()
+  await page.getByText(`product ${id}, image 1`).waitFor()
+  await api('DELETE', `/products/${id}`)
+})
+
 test('the keyboard alone is enough', async (t) => {
   const page = await visit(t, '/products')
   await page.locator('.card').first().waitFor()

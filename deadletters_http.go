@@ -27,8 +27,7 @@ func (s *server) listDeadLetters(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	writeList(w, r, letters, limit, func(d deadLetter) []byte { return encodeJSON(d.json()) }, func(d deadLetter) *cursor { return &cursor{Sort: deadLetterSort, ID: d.ID} })
-	return nil
+	return writeList(w, r, letters, limit, func(d deadLetter) []byte { return encodeJSON(d.json()) }, func(d deadLetter) *cursor { return &cursor{Sort: deadLetterSort, ID: d.ID} })
 }
 
 // readDeadPage reads the query of GET /dead-letters.

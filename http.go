@@ -260,8 +260,7 @@ func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	writeList(w, r, products, size, func(p Product) []byte { return s.encoder.product(p).Body }, func(p Product) *cursor { return cursorAfter(p, filter.Sort) })
-	return nil
+	return writeList(w, r, products, size, func(p Product) []byte { return s.encoder.product(p).Body }, func(p Product) *cursor { return cursorAfter(p, filter.Sort) })
 }
 
 func (s *server) patchProduct(w http.ResponseWriter, r *http.Request) error {
@@ -572,18 +571,26 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 }
 
 // maxPage is about how many bytes a page of a list has. A client that reads none of it
-// keeps it in memory until the write timeout, and so may many at once.
+// keeps it in memory until the write timeout, and so may maxSending at once.
 const maxPage = 2 << 20
+
+// smallPage is what a page may have that takes no place while it is sent.
+const smallPage = 256 << 10
 
 // writeList answers with one page of a list, and with where the next one is, after an
 // item. The page has at most limit of the items; those beyond it tell that there are more.
-func writeList[T any](w http.ResponseWriter, r *http.Request, items []T, limit int, encode func(T) []byte, after func(T) *cursor) {
+func writeList[T any](w http.ResponseWriter, r *http.Request, items []T, limit int, encode func(T) []byte, after func(T) *cursor) error {
 	n, body := 0, []byte(`{"items":[`)
 	for ; n < min(limit, len(items)) && len(body) < maxPage; n++ {
 		if n > 0 {
 			body = append(body, ',')
 		}
 		body = append(body, bytes.TrimSpace(encode(items[n]))...)
+	}
+	if rec := w.(*recorder); len(body) > smallPage {
+		if err := rec.enter(&rec.limits.sending); err != nil {
+			return err
+		}
 	}
 	next := "null"
 	if n < len(items) {
@@ -594,6 +601,7 @@ func writeList[T any](w http.ResponseWriter, r *http.Request, items []T, limit i
 		w.Header().Set("Link", fmt.Sprintf("<%s?%s>; rel=\"next\"", r.URL.EscapedPath(), query.Encode()))
 	}
 	writeBody(w, http.StatusOK, append(body, `],"next_cursor":`+next+"}\n"...))
+	return nil
 }
 
 func (s *server) metrics(w http.ResponseWriter, r *http.Request) error {

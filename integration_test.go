@@ -8,9 +8,12 @@ import (
 	"fmt"
 	"image"
 	"io"
+	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -1115,4 +1118,33 @@ func TestAuthenticationIsOffOnLoopbackOnly(t *testing.T) {
 			t.Errorf("on %s it cannot be switched off", addr)
 		}
 	}
+}
+
+// Clients cannot load an image from "all addresses".
+func TestStartSaysThatClientsReachNoImage(t *testing.T) {
+	t.Parallel()
+	warned := func(addr, publicURL string) bool {
+		var log bytes.Buffer
+		a := &app{program: &program{log: slog.New(slog.NewTextHandler(&log, nil))}, name: "serve", media: new(fileBlobs), listener: addressOnly(addr)}
+		a.PublicURL = publicURL
+		a.logStart()
+		return strings.Contains(log.String(), "PUBLIC_URL is not set")
+	}
+	for addr, want := range map[string]bool{"[::]:8080": true, "0.0.0.0:8080": true, "127.0.0.1:8080": false, "192.0.2.1:8080": false} {
+		if got := warned(addr, ""); got != want {
+			t.Errorf("%s: warned %t, want %t", addr, got, want)
+		}
+		if warned(addr, "https://shop.example") {
+			t.Errorf("%s: warned though PUBLIC_URL is set", addr)
+		}
+	}
+}
+
+// addressOnly is a listener that has an address and no connections.
+type addressOnly string
+
+func (l addressOnly) Accept() (net.Conn, error) { return nil, net.ErrClosed }
+func (l addressOnly) Close() error              { return nil }
+func (l addressOnly) Addr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(string(l)))
 }

@@ -15,21 +15,25 @@ type limitSettings struct {
 
 // requestLimits counts the requests of a server by what they are waiting for.
 // Each kind has as many places, so that clients that send their bodies slowly,
-// or listen to events, take none from those that are in work. Answers that are
-// being sent hold no place: the server's write timeout bounds them, and maxPage
-// what a list has of memory meanwhile.
+// or listen to events, take none from those that are in work. Small answers that are
+// being sent hold no place: the server's write timeout bounds them. Large pages of
+// lists, of which nobody may read a byte until then, have places of their own, so
+// that there is a bound to what all of them have of memory: maxSending of maxPage.
 //
 // Imports and exports last as long as their clients like, and hold a batch of
 // products each, so they have fewer places: see maxBulk. Those that watch the
 // program have places of their own, to learn that it is busy.
 type requestLimits struct {
-	working, reading, streaming, bulk, watching places
-	rate                                        int
+	working, reading, streaming, bulk, watching, sending places
+	rate                                                 int
 }
 
 // maxBulk bounds the imports and exports at once, if requests are bounded. The
 // largest rows take some 10 MB of each.
 const maxBulk = 16
+
+// maxSending bounds the pages of more than smallPage that are being sent at once.
+const maxSending = 64
 
 // maxWatching bounds the requests for metrics at once: strangers may send tokens
 // that have to be looked up.
@@ -42,6 +46,7 @@ func (l *requestLimits) set(to limitSettings) {
 		p.most = int64(to.MaxRequests)
 	}
 	l.bulk.most = int64(min(to.MaxRequests, maxBulk))
+	l.sending.most = int64(min(to.MaxRequests, maxSending))
 	l.watching.most = int64(min(to.MaxRequests, maxWatching))
 }
 

@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -134,13 +136,49 @@ func TestMetricsHavePlacesOfTheirOwn(t *testing.T) {
 	}
 }
 
+// Clients that read nothing of a large page keep it in memory, so only so many get
+// one at once. Small pages are for everybody.
+func TestFewLargePagesAreSentAtOnce(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	const most = 2
+	a.limits.set(limitSettings{MaxRequests: most})
+	entries := make([]batchEntry, 10)
+	for n := range entries {
+		entries[n] = entry(strconv.Itoa(n))
+		entries[n].Description = strings.Repeat("\x01", maxDescriptionLength) // of which JSON makes six bytes
+	}
+	createBatch(t, a.store, entries)
+	var clients []net.Conn
+	for n := range most {
+		client, end := servePipe(a.handler.ServeHTTP)
+		defer end()
+		io.WriteString(client, "GET /products HTTP/1.1\r\nHost: x\r\n\r\n")
+		clients = append(clients, client)
+		eventually(t, "the page is being sent", func() bool { return a.limits.sending.taken.Load() == int64(n+1) })
+	}
+	got := a.do(t, "GET", "/products", "")
+	got.wantProblem(t, 503)
+	if got.Header().Get("Retry-After") != "1" {
+		t.Errorf("Retry-After %q", got.Header().Get("Retry-After"))
+	}
+	if got := a.do(t, "GET", "/products?limit=1", ""); got.Code != 200 {
+		t.Errorf("a small page: %d", got.Code)
+	}
+	clients[0].Close()
+	eventually(t, "a place is free", func() bool { return a.limits.sending.taken.Load() == most-1 })
+	if got := a.do(t, "GET", "/products", ""); got.Code != 200 || got.Body.Len() <= smallPage {
+		t.Errorf("with a free place: %d, %d bytes", got.Code, got.Body.Len())
+	}
+}
+
 // What holds much memory, and what strangers may ask for, has fewer places.
 func TestFewImportsAndLooksAtOnce(t *testing.T) {
 	t.Parallel()
-	for most, want := range map[int][3]int64{0: {0, 0, 0}, 5: {5, 5, 5}, 1000: {1000, maxBulk, maxWatching}} {
+	for most, want := range map[int][4]int64{0: {0, 0, 0, 0}, 5: {5, 5, 5, 5}, 1000: {1000, maxBulk, maxWatching, maxSending}} {
 		var l requestLimits
 		l.set(limitSettings{MaxRequests: most})
-		if got := [3]int64{l.working.most, l.bulk.most, l.watching.most}; got != want {
+		if got := [4]int64{l.working.most, l.bulk.most, l.watching.most, l.sending.most}; got != want {
 			t.Errorf("of %d requests the places are %v, want %v", most, got, want)
 		}
 	}

@@ -312,9 +312,18 @@ func (a *app) logStart() {
 		a.log.Warn("AUTHENTICATION IS OFF: whoever reaches the address, through a proxy too, may read and change everything",
 			"addr", a.listener.Addr().String(), "loopback", isLoopback(a.listenAddr()))
 	}
+	if a.media != nil && a.PublicURL == "" && a.name != "worker" && isEveryAddress(a.listener.Addr()) {
+		a.log.Warn("PUBLIC_URL is not set: the URLs of images have the address listened on, which is no address for clients", "addr", a.listener.Addr().String())
+	}
 	if a.FetchLimits.AllowPrivate {
 		a.log.Warn("images may be fetched from private addresses, and webhooks sent there (IMAGE_ALLOW_PRIVATE)")
 	}
+}
+
+// isEveryAddress tells what listens on all addresses of the machine, as ":8080" does.
+func isEveryAddress(addr net.Addr) bool {
+	tcp, ok := addr.(*net.TCPAddr)
+	return ok && (tcp.IP == nil || tcp.IP.IsUnspecified())
 }
 
 // migrateInterval is the wait between tries to reach a database that is away.

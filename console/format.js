@@ -62,6 +62,10 @@ export function hostOf(url) {
   }
 }
 
+/** The host as the URL has it, by which the API finds dead letters: a browser would
+ * write bücher.example, 127.1 and other forms anew. */
+export const writtenHostOf = (url) => /^https?:\/\/([^/?#]*)/i.exec(url)?.[1] ?? ''
+
 export function fileOf(url) {
   try {
     const last = new URL(url).pathname.split('/').filter(Boolean).pop()

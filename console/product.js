@@ -2,7 +2,7 @@
 
 import { h, fill, icon } from './dom.js'
 import { call, get, withQuery } from './api.js'
-import { bytes, count, fileOf, hostOf, plural, price, saved } from './format.js'
+import { bytes, count, fileOf, hostOf, plural, price, saved, writtenHostOf } from './format.js'
 import { busy, button, confirm, failure, pill, skeletons, timeAgo, toast, emptyState } from './ui.js'
 import { follow, imagePill, picture, tally } from './images.js'
 import { comparison } from './compare.js'
@@ -113,12 +113,12 @@ class ProductPage {
 
   failedActions(image, position) {
     const replay = button('Replay', { icon: 'replay', onclick: () => busy(replay, () => this.replay(image, position)) })
-    return h('div', { class: 'row-actions' }, replay, h('a', { class: 'button quiet', href: '#' + withQuery('/dead-letters', { host: hostOf(image.source) }) }, 'Dead letters of this host'))
+    return h('div', { class: 'row-actions' }, replay, h('a', { class: 'button quiet', href: '#' + withQuery('/dead-letters', { host: writtenHostOf(image.source) }) }, 'Dead letters of this host'))
   }
 
   // A product does not name its dead letters: they are found by what they share.
   async replay(image, position) {
-    const filter = { code: image.error.code, host: hostOf(image.source), user_id: this.product.user_id, limit: 200 }
+    const filter = { code: image.error.code, user_id: this.product.user_id, limit: 200 }
     let letter
     for (let cursor; !letter && cursor !== null;) {
       const { data } = await get(withQuery('/dead-letters', { ...filter, cursor }), this.leaving)
