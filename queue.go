@@ -217,10 +217,26 @@ func (q *rabbitQueue) watchPublisher(ctx context.Context, p *amqpPublisher, heal
 		if isClosed(p.link.blocked) {
 			continue
 		}
-		if err := q.ensureTopology(ctx, p.link); err != nil {
+		if err := q.lookAtTopology(ctx, p.link); err != nil {
 			return err
 		}
 	}
+}
+
+// lookAtTopology mends what is missing. It declares nothing that is there: a work
+// queue that is deleted between the look and the declaration would be made anew and
+// not be filled.
+func (q *rabbitQueue) lookAtTopology(ctx context.Context, link *amqpLink) error {
+	for _, name := range []string{workQueueName, deadQueueName} {
+		_, exists, err := link.inspect(ctx, name)
+		if err != nil {
+			return fmt.Errorf("look for queue %s: %w", name, err)
+		}
+		if !exists {
+			return q.ensureTopology(ctx, link)
+		}
+	}
+	return nil
 }
 
 // ensureTopology makes the queues what they should be. A queue that exists with
