@@ -50,7 +50,7 @@ type loadClient struct {
 // productPaths are those of the first n products.
 func productPaths(n int) (paths []string) {
 	for id := range n {
-		paths = append(paths, fmt.Sprintf("/products/%d", id+1))
+		paths = append(paths, productPath(int64(id+1)))
 	}
 	return paths
 }
