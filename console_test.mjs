@@ -23,7 +23,8 @@ const looks = process.env.CONSOLE_LOOKS === 'all' ? allLooks : allLooks.slice(0,
 let browser
 before(async () => {
   mkdirSync(pictures, { recursive: true })
-  browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ['--no-sandbox'] })
+  // The fewest processes that it can do with: each costs what loading a page does.
+  browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ['--no-sandbox', '--in-process-gpu', '--renderer-process-limit=1'] })
 })
 after(() => browser?.close())
 

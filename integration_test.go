@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -256,10 +257,12 @@ type photoServer struct {
 	faults map[string][]int // statuses to answer with before the photo is served
 	hold   map[string]chan struct{}
 	asked  map[string]int
+	held   map[string]int // of requests that are held back now
+	most   map[string]int // of those, at any time
 }
 
 func newPhotoServer(t testing.TB) *photoServer {
-	p := &photoServer{photos: make(map[string][]byte), faults: make(map[string][]int), hold: make(map[string]chan struct{}), asked: make(map[string]int)}
+	p := &photoServer{photos: make(map[string][]byte), faults: make(map[string][]int), hold: make(map[string]chan struct{}), asked: make(map[string]int), held: make(map[string]int), most: make(map[string]int)}
 	p.Server = httptest.NewServer(p)
 	t.Cleanup(p.Close)
 	return p
@@ -276,10 +279,12 @@ func (p *photoServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	p.mu.Unlock()
 	if hold != nil {
+		p.count(r.URL.Path, 1)
 		select {
 		case <-hold:
 		case <-r.Context().Done():
 		}
+		p.count(r.URL.Path, -1)
 	}
 	if status != 0 {
 		http.Error(w, "fault", status)
@@ -303,6 +308,20 @@ func (p *photoServer) holdBack(path string) (release func()) {
 	hold := make(chan struct{})
 	p.hold[path] = hold
 	return sync.OnceFunc(func() { close(hold) })
+}
+
+func (p *photoServer) count(path string, change int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.held[path] += change
+	p.most[path] = max(p.most[path], p.held[path])
+}
+
+// mostHeld is how many requests for path were held back at once.
+func (p *photoServer) mostHeld(path string) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.most[path]
 }
 
 func (p *photoServer) requests(path string) int {
@@ -701,28 +720,69 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 	seedUser(t, env)
 	apis := []*instance{startBinary(t, env, "api"), startBinary(t, env, "api"), startBinary(t, env, "api")}
 	path := fmt.Sprintf("/products/%d", apis[0].post(t).ID)
-	pg.Freeze(t) // so that all come before the first has its answer
-	var rush sync.WaitGroup
+	var rush [][]*rawReader
 	for n, api := range apis {
-		for range readers[n] {
-			rush.Go(func() {
-				if response, err := api.send("GET", path, nil, nil); err != nil || response.StatusCode != 200 {
-					t.Errorf("%v, %v", response, err)
-				}
-			})
+		rush = append(rush, rawReaders(t, api, readers[n]))
+	}
+	pg.Freeze(t) // so that all come before the first has its answer
+	for _, crowd := range rush {
+		for _, reader := range crowd {
+			reader.ask(t, path)
 		}
 	}
 	for n, api := range apis {
 		eventually(t, "all readers wait", func() bool { return api.metric(t, "pms_cache_misses_total") == float64(readers[n]) })
 	}
 	pg.Thaw(t)
-	rush.Wait()
+	for _, crowd := range rush {
+		for _, reader := range crowd {
+			reader.wantOK(t)
+		}
+	}
 	for n, api := range apis {
 		loads, failures := api.metric(t, "pms_cache_loads_total"), api.metric(t, "pms_cache_errors_total")
 		// A Redis that a busy machine has no time for keeps nothing for the last of them.
 		if loads != 1 && failures == 0 || loads > 3 {
 			t.Errorf("instance %d made %v queries for %d readers, and Redis failed %v times", n, loads, readers[n], failures)
 		}
+	}
+}
+
+// rawReader is a connection that is open already, so that a thousand can ask
+// within milliseconds.
+type rawReader struct{ net.Conn }
+
+func rawReaders(t *testing.T, api *instance, count int) (all []*rawReader) {
+	t.Helper()
+	for range count {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(api.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		all = append(all, &rawReader{conn})
+	}
+	return all
+}
+
+func (r *rawReader) ask(t *testing.T, path string) {
+	t.Helper()
+	if _, err := fmt.Fprintf(r, "GET %s HTTP/1.1\r\nHost: shop\r\n\r\n", path); err != nil {
+		t.Error(err)
+	}
+}
+
+func (r *rawReader) wantOK(t *testing.T) {
+	t.Helper()
+	r.SetReadDeadline(time.Now().Add(settleTime))
+	response, err := http.ReadResponse(bufio.NewReader(r), nil)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		t.Errorf("answered %d", response.StatusCode)
 	}
 }
 

@@ -128,15 +128,17 @@ func removeTree(dir string) error {
 }
 
 // pollUntil calls done every few milliseconds until it is true, or answers
-// false at the deadline. It is for what other processes do without a signal.
+// false at the deadline. It is for what other processes do without a signal. The
+// longer it takes the rarer it asks, so that many who wait do not slow down whom
+// they wait for.
 func pollUntil(deadline time.Time, done func() bool) bool {
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
+	const least, most = 5 * time.Millisecond, 100 * time.Millisecond
+	start := time.Now()
 	for !done() {
 		if time.Now().After(deadline) {
 			return false
 		}
-		<-tick.C
+		<-time.After(min(max(time.Since(start)/20, least), most))
 	}
 	return true
 }

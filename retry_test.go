@@ -97,6 +97,7 @@ func TestSlowHostCannotTakeAllWorkers(t *testing.T) {
 		defer release()
 		slow.serve("/held", jpegPhoto(t, 40, 40))
 		var held []shown
+		begin := time.Now()
 		for range 5 {
 			sources := make([]string, maxImages)
 			for n := range sources {
@@ -104,17 +105,18 @@ func TestSlowHostCannotTakeAllWorkers(t *testing.T) {
 			}
 			held = append(held, api.post(t, sources...))
 		}
-		eventually(t, "the slow host is busy", func() bool { return slow.requests("/held") == maxHostDownloads })
+		eventually(t, "the slow host is busy", func() bool { return slow.mostHeld("/held") == maxHostDownloads })
 		if p := api.settled(t, api.post(t, quick.serve("/a", jpegPhoto(t, 50, 50))).ID); p.Images[0].Status != "ready" {
 			t.Errorf("the image of another host: %+v", p.Images[0])
 		}
-		if n := slow.requests("/held"); n != maxHostDownloads {
+		if n := slow.mostHeld("/held"); n != maxHostDownloads {
 			t.Errorf("%d downloads at once from the slow host", n)
 		}
+		patient := time.Since(begin) < headerTimeout // else some downloads have been given up
 		release()
 		for _, p := range held {
 			for n, image := range api.settled(t, p.ID).Images {
-				if image.Status != "ready" || image.Attempts != 0 {
+				if image.Status != "ready" || image.Attempts != 0 && patient {
 					t.Fatalf("image %d of the slow host: %+v", n, image)
 				}
 			}
