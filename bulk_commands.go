@@ -115,7 +115,7 @@ func (p *program) importFile(ctx context.Context, db *store, o importOptions, in
 		flush:  out.Flush,
 		stored: func(id int64) { invalidate(id, 1) },
 		wake:   func() {},
-		from:   origin{RequestID: newRequestID()},
+		from:   commandOrigin(),
 		key:    o.key,
 	}
 	im.write = func(result any) error {

@@ -248,5 +248,5 @@ func (s *server) awaitEnd(ctx context.Context, token tokenWatch) error {
 }
 
 func (s *server) logBroken(stream *bulkStream, what string, err error) {
-	s.log.Warn(what+" was broken off", "request_id", originOf(stream.w).RequestID, "err", err)
+	originOf(stream.w).on(s.log).Warn(what+" was broken off", "err", err)
 }

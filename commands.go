@@ -171,7 +171,7 @@ func deadReplayCommand(p *program, ctx context.Context, flags *flag.FlagSet, arg
 			if o.ids != nil {
 				return p.replayIDs(ctx, db, o, invalidate)
 			}
-			n, err := replay(ctx, db, o.filter, o.rate, invalidate)
+			n, err := replay(ctx, db, o.filter, commandOrigin(), o.rate, invalidate)
 			fmt.Fprintf(p.stdout, "replayed %d\n", n)
 			return err
 		})
@@ -198,19 +198,24 @@ func (p *program) countReplay(ctx context.Context, db *store, o batchOptions) er
 
 // replayIDs replays one after the other, so that what it printed is done.
 func (p *program) replayIDs(ctx context.Context, db *store, o batchOptions, invalidate func(id, version int64)) error {
+	from := commandOrigin()
 	for n, id := range o.ids {
 		if n > 0 {
 			if err := pauseFor(ctx, o.rate); err != nil {
 				return err
 			}
 		}
-		if _, err := replayOne(ctx, db, id, invalidate); err != nil {
+		if _, err := replayOne(ctx, db, id, from, invalidate); err != nil {
 			return err
 		}
 		fmt.Fprintf(p.stdout, "replayed %d\n", id)
 	}
 	return nil
 }
+
+// commandOrigin is that of what a command does: an id as a request has one, by
+// which the workers' log lines belong together.
+func commandOrigin() origin { return origin{RequestID: newRequestID()} }
 
 // reprocessCommand leaves the rest to the running processes, as deadReplayCommand does.
 func reprocessCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {
@@ -234,7 +239,7 @@ func reprocessCommand(p *program, ctx context.Context, flags *flag.FlagSet, args
 			return err
 		}
 		return p.withInvalidation(ctx, func(invalidate func(id, version int64)) error {
-			n, err := reprocess(ctx, db, f, o.rate, invalidate)
+			n, err := reprocess(ctx, db, f, commandOrigin(), o.rate, invalidate)
 			fmt.Fprintf(p.stdout, "reprocessed %d\n", n)
 			return err
 		})

@@ -177,19 +177,26 @@ func textIf(to *string, good func(string) bool, wanted string) func(string) erro
 	}
 }
 
-// databaseURL takes what pgx does: a URL, or keywords and values.
+// databaseURL takes what pgx does: a URL, or keywords and values. To pgx a URL of
+// any other scheme is a keyword too, if it has a "=" somewhere.
 func databaseURL(to *string) func(string) error {
-	good := func(v string) bool { _, err := pgxpool.ParseConfig(v); return err == nil }
+	good := func(v string) bool {
+		_, err := pgxpool.ParseConfig(v)
+		keyword, _, _ := strings.Cut(v, "=")
+		scheme, _, isURL := strings.Cut(keyword, "://")
+		return err == nil && (!isURL || scheme == "postgres" || scheme == "postgresql")
+	}
 	return textIf(to, good, "must be a URL such as postgres://user:password@host/database")
 }
 
-// redisURL takes what rueidis does, and a slash without a database's number.
+// redisURL takes what rueidis does, and a slash without a database's number. To
+// rueidis "redis:6379" is a URL, of localhost.
 func redisURL(to *string) func(string) error {
 	return func(v string) error {
 		if v != "off" {
 			v = strings.TrimSuffix(v, "/")
 			options, err := rueidis.ParseURL(v)
-			if err != nil || options.SelectDB < 0 {
+			if err != nil || options.SelectDB < 0 || !strings.Contains(v, "://") {
 				return errors.New("must be off, or a URL such as redis://host:6379/0")
 			}
 			if options.AlwaysRESP2 {
@@ -202,7 +209,10 @@ func redisURL(to *string) func(string) error {
 }
 
 func amqpURL(to *string) func(string) error {
-	good := func(v string) bool { _, err := amqp.ParseURI(v); return err == nil }
+	good := func(v string) bool {
+		_, err := amqp.ParseURI(v) // takes "amqp:5672", as localhost
+		return err == nil && strings.Contains(v, "://")
+	}
 	return textIf(to, good, "must be a URL such as amqp://user:password@host")
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -121,10 +122,10 @@ const (
 	// In order, so that of two replays neither waits for the other's product.
 	lockProducts = `SELECT id FROM products WHERE id = ANY($1) ORDER BY id FOR UPDATE`
 
-	// setAnew has an image start from the beginning, at $2.
+	// setAnew has an image start from the beginning at $2, for the request $3, $4.
 	setAnew = `
 UPDATE images SET status = 'pending', attempts = 0, lone_starts = 0, put_off = 0, run_at = $2,
-	failed_at = NULL, discarded_at = NULL, error_code = '', error_detail = ''`
+	failed_at = NULL, discarded_at = NULL, error_code = '', error_detail = '', request_id = $3, traceparent = $4`
 
 	replayDead = setAnew + `
 WHERE id = ANY($1) AND ` + isDead + `
@@ -140,8 +141,8 @@ type productVersion struct{ ID, Version int64 }
 // their attempts before them. It answers how many they were, and the new versions
 // of their products, these also with an error: see versionsNow. Of two that replay
 // an image at once, one finds it a dead letter.
-func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, changed []productVersion, err error) {
-	replayed, changed, err = s.queueAnew(ctx, ids, selectDeadProducts, replayDead)
+func (s *store) ReplayDead(ctx context.Context, ids []int64, from origin) (replayed int, changed []productVersion, err error) {
+	replayed, changed, err = s.queueAnew(ctx, ids, from, selectDeadProducts, replayDead)
 	if err == nil {
 		point("replayed")
 	}
@@ -151,7 +152,7 @@ func (s *store) ReplayDead(ctx context.Context, ids []int64) (replayed int, chan
 // queueAnew runs update, which queues those of the images anew that meet its
 // condition, and raises their products' versions. owners finds these products, so
 // that they are locked first.
-func (s *store) queueAnew(ctx context.Context, ids []int64, owners, update string) (queued int, changed []productVersion, err error) {
+func (s *store) queueAnew(ctx context.Context, ids []int64, from origin, owners, update string) (queued int, changed []productVersion, err error) {
 	err = s.InTx(ctx, func(tx querier) error {
 		products, err := queryIDs(ctx, tx, owners, ids)
 		if err != nil {
@@ -161,7 +162,7 @@ func (s *store) queueAnew(ctx context.Context, ids []int64, owners, update strin
 			return err
 		}
 		now := s.now()
-		updated, err := queryIDs(ctx, tx, update, ids, now)
+		updated, err := queryIDs(ctx, tx, update, ids, now, from.RequestID, from.Traceparent)
 		if err != nil {
 			return err
 		}
@@ -170,22 +171,45 @@ func (s *store) queueAnew(ctx context.Context, ids []int64, owners, update strin
 		return err
 	})
 	if err != nil && len(changed) > 0 {
-		return 0, s.versionsNow(ctx, changed), err
+		written := make([]int64, len(changed))
+		for n, product := range changed {
+			written[n] = product.ID
+		}
+		return 0, s.versionsNow(ctx, written...), err
 	}
 	return queued, changed, err
 }
 
-// versionsNow are the versions that some products have after a write of them that
-// failed: perhaps it was committed and only the answer was lost, and nobody else
-// would tell. While the database is away nothing is known.
-func (s *store) versionsNow(ctx context.Context, products []productVersion) []productVersion {
-	ids := make([]int64, len(products))
-	for n, product := range products {
-		ids[n] = product.ID
-	}
+const (
+	// lostWriteTime is how long a client whose write failed waits until it is known
+	// what came of it. A database that can answer does so sooner.
+	lostWriteTime = time.Second
+
+	// In order, so that of two such looks neither waits for the other's product.
+	lockVersions = `SELECT id, version FROM products WHERE id = ANY($1) ORDER BY id FOR UPDATE`
+)
+
+// versionsNow are the versions that products have after a write of them that
+// failed, of one that is deleted the tombstone: perhaps it was committed and only
+// the answer was lost, and nobody else would tell. Their locks are waited for,
+// since the commit may still be under way. While the database is away nothing is
+// known; then CACHE_TTL bounds how long the older version is shown.
+func (s *store) versionsNow(ctx context.Context, ids ...int64) []productVersion {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lostWriteTime)
 	defer cancel()
-	now, _ := queryVersions(ctx, s, `SELECT id, version FROM products WHERE id = ANY($1)`, ids)
+	var now []productVersion
+	err := s.InTx(ctx, func(tx querier) (err error) {
+		now, err = queryVersions(ctx, tx, lockVersions, ids)
+		return err
+	})
+	if err != nil {
+		return nil
+	}
+	for _, id := range ids {
+		if !slices.ContainsFunc(now, func(v productVersion) bool { return v.ID == id }) {
+			now = append(now, productVersion{id, tombstone}) // it was there, and no id is used twice
+		}
+	}
 	return now
 }
 
@@ -213,7 +237,7 @@ func (s *store) DiscardDead(ctx context.Context, id int64) error {
 // replay queues every dead letter anew that the filter selects, each once, and
 // at most rate of them a second; 0 is no limit. It may be interrupted and called
 // again: what it answers is done, also with an error.
-func replay(ctx context.Context, db *store, f deadFilter, rate int, invalidate func(id, version int64)) (replayed int, err error) {
+func replay(ctx context.Context, db *store, f deadFilter, from origin, rate int, invalidate func(id, version int64)) (replayed int, err error) {
 	page := func(after int64, limit int) (ids []int64, err error) {
 		letters, err := db.DeadLetters(ctx, f, after, limit)
 		for _, letter := range letters {
@@ -221,7 +245,7 @@ func replay(ctx context.Context, db *store, f deadFilter, rate int, invalidate f
 		}
 		return ids, err
 	}
-	return inBatches(ctx, rate, page, func(ids []int64) (int, error) { return replayAndTell(ctx, db, ids, invalidate) })
+	return inBatches(ctx, rate, page, func(ids []int64) (int, error) { return replayAndTell(ctx, db, ids, from, invalidate) })
 }
 
 // queueBatch is how many images one transaction queues anew.
@@ -255,8 +279,8 @@ func inBatches(ctx context.Context, rate int, page func(after int64, limit int) 
 
 // replayOne queues a dead letter anew. One that is in work already is no error,
 // and none is replayed; errNotFound if it is neither.
-func replayOne(ctx context.Context, db *store, id int64, invalidate func(id, version int64)) (replayed int, err error) {
-	replayed, err = replayAndTell(ctx, db, []int64{id}, invalidate)
+func replayOne(ctx context.Context, db *store, id int64, from origin, invalidate func(id, version int64)) (replayed int, err error) {
+	replayed, err = replayAndTell(ctx, db, []int64{id}, from, invalidate)
 	if err == nil && replayed == 0 {
 		_, err = db.PendingImage(ctx, id)
 	}
@@ -264,8 +288,8 @@ func replayOne(ctx context.Context, db *store, id int64, invalidate func(id, ver
 }
 
 // replayAndTell is ReplayDead, and tells the caches.
-func replayAndTell(ctx context.Context, db *store, ids []int64, invalidate func(id, version int64)) (replayed int, err error) {
-	replayed, changed, err := db.ReplayDead(ctx, ids)
+func replayAndTell(ctx context.Context, db *store, ids []int64, from origin, invalidate func(id, version int64)) (replayed int, err error) {
+	replayed, changed, err := db.ReplayDead(ctx, ids, from)
 	tell(changed, invalidate)
 	return replayed, err
 }

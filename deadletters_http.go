@@ -98,7 +98,7 @@ type replayedJSON struct {
 // replayDeadLetter queues one dead letter anew. One that was replayed already
 // is in work, so pressing twice does no harm.
 func (s *server) replayDeadLetter(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
-	n, err := replayOne(ctx, s.store, id, s.invalidate)
+	n, err := replayOne(ctx, s.store, id, originOf(w), s.invalidate)
 	if err != nil {
 		return err
 	}
@@ -116,7 +116,16 @@ func (s *server) replayDeadLetters(w http.ResponseWriter, r *http.Request) error
 	if wrong != nil {
 		return wrong
 	}
-	n, err := replay(r.Context(), s.store, filter, 0, s.invalidate)
+	if r.ContentLength != 0 { // a filter that is put there would replay everything
+		body, err := readBody(w, r, "application/json")
+		if err != nil {
+			return err
+		}
+		if _, err := readFields(body); err != nil {
+			return err
+		}
+	}
+	n, err := replay(r.Context(), s.store, filter, originOf(w), 0, s.invalidate)
 	if n > 0 {
 		s.afterReplay()
 	}

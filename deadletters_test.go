@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"strings"
 	"sync"
@@ -115,6 +116,26 @@ func TestDeadLettersByFilter(t *testing.T) {
 	})
 }
 
+// Who puts a filter into the body must not replay everything.
+func TestReplayReadsNoFilterFromItsBody(t *testing.T) {
+	t.Parallel()
+	a := newAPI(t)
+	graveyard(t, a.store)
+	a.do(t, "POST", "/dead-letters/replay", `{"code":"http_503"}`).wantProblem(t, http.StatusBadRequest, "code")
+	if n, err := a.store.CountDead(t.Context(), deadFilter{}); err != nil || n != 5 {
+		t.Errorf("%d dead letters are left, %v", n, err)
+	}
+	got := a.do(t, "POST", "/dead-letters/replay", `{}`, "X-Request-Id", "replay-1")
+	if got.Code != http.StatusAccepted || got.json["replayed"] != 5.0 {
+		t.Errorf("answered %d: %v", got.Code, got.json)
+	}
+	for _, job := range publishDue(t, a.store) {
+		if job.RequestID != "replay-1" {
+			t.Errorf("image %d is replayed for request %q", job.ID, job.RequestID)
+		}
+	}
+}
+
 func TestDeadLettersRefuse(t *testing.T) {
 	t.Parallel()
 	a := newAPI(t)
@@ -181,11 +202,11 @@ func TestReplaysAtOnceAreOne(t *testing.T) {
 				var replayed int
 				var err error
 				if n%2 == 0 {
-					replayed, err = replay(t.Context(), s, deadFilter{}, 0, func(int64, int64) {})
+					replayed, err = replay(t.Context(), s, deadFilter{}, origin{}, 0, func(int64, int64) {})
 				} else {
 					for id := int64(products * images); id > 0 && err == nil; id-- { // against the order of the others
 						var one int
-						one, _, err = s.ReplayDead(t.Context(), []int64{id, id - 1})
+						one, _, err = s.ReplayDead(t.Context(), []int64{id, id - 1}, origin{})
 						replayed += one
 					}
 				}
@@ -217,7 +238,7 @@ func TestReplayOfManyRaisesEachVersionOnce(t *testing.T) {
 		}
 		before, _ := s.Product(t.Context(), p.ID)
 		told := make(map[int64]int64)
-		n, err := replay(t.Context(), s, deadFilter{}, 0, func(id, version int64) { told[id] = version })
+		n, err := replay(t.Context(), s, deadFilter{}, origin{}, 0, func(id, version int64) { told[id] = version })
 		after, _ := s.Product(t.Context(), p.ID)
 		if err != nil || n != 2 || after.Version != before.Version+1 || told[p.ID] != after.Version {
 			t.Errorf("replayed %d, %v; version %d after %d, caches were told %v", n, err, after.Version, before.Version, told)
@@ -230,7 +251,7 @@ func TestReplayKeepsItsRate(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		graveyard(t, s)
 		start := time.Now()
-		if n, err := replay(t.Context(), s, deadFilter{}, 20, func(int64, int64) {}); err != nil || n != 5 {
+		if n, err := replay(t.Context(), s, deadFilter{}, origin{}, 20, func(int64, int64) {}); err != nil || n != 5 {
 			t.Fatalf("replayed %d, %v", n, err)
 		}
 		if took := time.Since(start); took < 4*time.Second/20 {
@@ -244,7 +265,7 @@ func TestReplayInterruptedSaysWhatIsDone(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *store) {
 		graveyard(t, s)
 		ctx, cancel := context.WithCancel(t.Context())
-		n, err := replay(ctx, s, deadFilter{}, 1, func(int64, int64) { cancel() })
+		n, err := replay(ctx, s, deadFilter{}, origin{}, 1, func(int64, int64) { cancel() })
 		if left := deadIDs(t, s, ""); n != 1 || err == nil || len(left) != 4 {
 			t.Errorf("replayed %d, %v, left %v", n, err, left)
 		}

@@ -29,6 +29,7 @@ const (
 	// a long queue takes next to nothing of the time, however often it is asked for.
 	deadRestFactor = 20
 	deadLeastRest  = time.Second
+	deadMostRest   = time.Minute // a look that took long may have waited for a server that was away
 )
 
 // deadKeeper sees to it that the dead-letter queue and the rows agree: each dead
@@ -71,7 +72,7 @@ func (k *deadKeeper) Run(ctx context.Context) error {
 		}
 		start := time.Now()
 		k.health.note(ctx, k.look(ctx), "the dead-letter queue is not looked after, retrying", "the dead-letter queue is looked after again")
-		if sleep(ctx, max(deadLeastRest, deadRestFactor*time.Since(start))) != nil {
+		if sleep(ctx, min(max(deadLeastRest, deadRestFactor*time.Since(start)), deadMostRest)) != nil {
 			return nil
 		}
 		timer.Reset(deadLookInterval)
@@ -128,7 +129,7 @@ func (k *deadKeeper) judge(ctx context.Context, copies []deadCopy) (stay []bool,
 }
 
 func (k *deadKeeper) revive(ctx context.Context, c deadCopy) error {
-	log := k.log.With("job_id", c.Job.ID, "product_id", c.Job.ProductID, "request_id", c.Job.RequestID)
+	log := c.Job.on(k.log.With("job_id", c.Job.ID, "product_id", c.Job.ProductID))
 	version, err := k.store.ReviveGivenUp(ctx, c.Job, c.Published)
 	switch {
 	case errors.Is(err, errNotFound):

@@ -133,7 +133,7 @@ func (b *burial) publishCopy(t *testing.T, job Job) {
 // to one dead letter.
 var disturbances = map[string]func(t *testing.T, b *burial, job Job){
 	"replayed": func(t *testing.T, b *burial, job Job) {
-		if n, _, err := b.store.ReplayDead(t.Context(), []int64{job.ID}); err != nil || n != 1 {
+		if n, _, err := b.store.ReplayDead(t.Context(), []int64{job.ID}, origin{}); err != nil || n != 1 {
 			t.Fatal(n, err)
 		}
 	},

@@ -59,7 +59,7 @@ func TestEveryVisibleChangeIsAnEvent(t *testing.T) {
 		must(err)
 		finish(t, s, jobs[1], "key")
 		bury(t, s, jobs[0], permanent("http_404", "404"))
-		_, _, err = s.ReplayDead(ctx, []int64{jobs[0].ID})
+		_, _, err = s.ReplayDead(ctx, []int64{jobs[0].ID}, origin{})
 		must(err)
 		bury(t, s, jobs[0], permanent("http_404", "404"))
 		must(s.DiscardDead(ctx, jobs[0].ID)) // which no product shows

@@ -16,6 +16,9 @@ func exportProducts(ctx context.Context, db *store, f productFilter, out rowWrit
 			return err
 		}
 		for _, p := range page {
+			if err := ctx.Err(); err != nil { // a slow client may take an hour for a page
+				return err
+			}
 			if err := out.write(p); err != nil {
 				return err
 			}

@@ -33,6 +33,7 @@ const (
 	headerTimeout      = 10 * time.Second // from the request to the end of the answer's header
 	maxHeaderBytes     = 64 << 10
 	originWriteTimeout = 10 * time.Second // of each write; see boundedWrites
+	originPingTimeout  = 4 * time.Second  // of silence on an HTTP/2 connection, and as much again for the answer to a PING
 	idleTimeout        = 30 * time.Second
 	maxIdle            = 64
 	fetchUserAgent     = "pms/1 (product image fetcher)"
@@ -106,6 +107,9 @@ func newFetcher(limits fetchLimits) *fetcher {
 		MaxIdleConns:           maxIdle,
 		MaxIdleConnsPerHost:    maxHostDownloads,
 		IdleConnTimeout:        idleTimeout,
+		// Else every try goes to a connection that died unnoticed: requests that time out
+		// close none of HTTP/2.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: originPingTimeout, PingTimeout: originPingTimeout},
 	}
 	return f
 }

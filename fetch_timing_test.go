@@ -257,3 +257,56 @@ func TestFetchCancelledReturnsTheContextsError(t *testing.T) {
 		})
 	}
 }
+
+// losableConn is a connection to a machine that may vanish: nothing arrives there
+// any more, and nothing comes, not even an error.
+type losableConn struct {
+	net.Conn
+	lost *atomic.Bool
+}
+
+func (c losableConn) Write(data []byte) (int, error) {
+	if c.lost.Load() {
+		return len(data), nil
+	}
+	return c.Conn.Write(data)
+}
+
+// Who shares a connection with others must not wait on it again and again when
+// the machine at its other end is gone.
+func TestLostHTTP2ConnectionIsLeft(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var protocols http.Protocols
+		protocols.SetUnencryptedHTTP2(true)
+		listener := pipes{make(chan net.Conn), make(chan struct{})}
+		server := &http.Server{Protocols: &protocols, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.Proto) })}
+		go server.Serve(listener)
+		f := newFetcher(fetchLimits{MaxBytes: 1 << 20, Timeout: time.Minute, AllowPrivate: true})
+		f.transport.Protocols = &protocols
+		var latest *atomic.Bool
+		f.transport.DialContext = func(context.Context, string, string) (net.Conn, error) {
+			client, origin := net.Pipe()
+			listener.conns <- origin
+			latest = new(atomic.Bool)
+			return losableConn{client, latest}, nil
+		}
+		defer server.Close()
+		defer f.transport.CloseIdleConnections()
+		fetch := func() (string, error) {
+			body, err := f.Fetch(t.Context(), "http://origin.example/a.jpg")
+			f.Release(body)
+			return string(body), err
+		}
+		if body, err := fetch(); body != "HTTP/2.0" || err != nil {
+			t.Fatalf("answered %q, %v", body, err)
+		}
+		latest.Store(true)
+		if body, err := fetch(); err == nil {
+			t.Errorf("answered %q by a machine that is gone", body)
+		}
+		if body, err := fetch(); err != nil {
+			t.Errorf("asked again: %q, %v", body, err)
+		}
+	})
+}

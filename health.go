@@ -30,6 +30,7 @@ func (s *server) readyz(w http.ResponseWriter, r *http.Request) error {
 	status := http.StatusOK
 	if ready.Status == "unavailable" || ready.Status == "stopping" {
 		status = http.StatusServiceUnavailable
+		w.Header().Set("Retry-After", "1")
 	}
 	w.Header().Set("Cache-Control", "no-store")
 	writeJSON(w, status, ready)

@@ -328,25 +328,11 @@ func noting(begun *bool, may func(Product) error) func(Product) error {
 	}
 }
 
-// lostWriteTime is how long a client whose write failed waits until it is known
-// what came of it. A database that can answer does so sooner.
-const lostWriteTime = time.Second
-
 // afterLostWrite tells the caches what came of a write that failed, if it had
-// begun: perhaps it was committed and only the answer was lost, and nobody else
-// would tell. While the database is away nothing is known; then CACHE_TTL bounds
-// how long the older version is shown. It answers the write's own error.
+// begun: see versionsNow. It answers the write's own error.
 func (s *server) afterLostWrite(ctx context.Context, id int64, begun bool, err error) error {
-	if !begun {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lostWriteTime)
-	defer cancel()
-	switch p, readErr := s.store.Product(ctx, id); {
-	case readErr == nil:
-		s.invalidate(id, p.Version)
-	case errors.Is(readErr, errNotFound): // it was there, and no id is used twice
-		s.invalidate(id, tombstone)
+	if begun {
+		tell(s.store.versionsNow(ctx, id), s.invalidate)
 	}
 	return err
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -561,8 +562,12 @@ func TestRequestIDAndTraceparent(t *testing.T) {
 	if got.Header().Get("X-Request-Id") != "order-7.b:2" || got.Header().Get("Traceparent") != trace {
 		t.Errorf("headers %v", got.Header())
 	}
-	if line := a.log.String(); !strings.Contains(line, `"request_id":"order-7.b:2"`) || !strings.Contains(line, `"traceparent":"`+trace) {
-		t.Errorf("log line %s", line)
+	failing := &recorder{ResponseWriter: httptest.NewRecorder(), origin: origin{"order-7.b:2", trace}}
+	a.renderError(failing, httptest.NewRequest("POST", "/products", nil), errors.New("a failure"))
+	for line := range strings.Lines(a.log.String()) {
+		if !strings.Contains(line, `"request_id":"order-7.b:2"`) || !strings.Contains(line, `"traceparent":"`+trace) {
+			t.Errorf("log line %s", line)
+		}
 	}
 	jobs := publishDue(t, a.store)
 	if len(jobs) != 2 || jobs[0].RequestID != "order-7.b:2" || jobs[0].Traceparent != trace {

@@ -29,6 +29,9 @@ const refuseClaimed = `
 UPDATE images SET run_at = $1, claim = 0
 WHERE status = 'pending' AND run_at = $2 AND claim = $3 AND id = $4`
 
+const lockClaimed = `
+SELECT id FROM images WHERE status = 'pending' AND run_at = $1 AND claim = $2 ORDER BY id FOR UPDATE`
+
 const finishClaim = `
 UPDATE images SET run_at = NULL, published_at = $1, claim = 0
 WHERE status = 'pending' AND run_at = $2 AND claim = $3`
@@ -55,6 +58,9 @@ func (s *store) DispatchDue(ctx context.Context, limit int, publish func(context
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaseTime/6)
 	defer cancel()
 	err = s.InTx(ctx, func(tx querier) error {
+		if _, err := queryIDs(ctx, tx, lockClaimed, lease, claim); err != nil {
+			return err
+		}
 		retry := s.now().Add(refusedDelay)
 		for _, job := range refused {
 			if _, err := tx.Exec(ctx, refuseClaimed, retry, lease, claim, job.ID); err != nil {
@@ -84,7 +90,8 @@ SELECT id FROM images WHERE status = 'pending' AND run_at IS NOT NULL AND claim 
 
 	requeueAll = `
 UPDATE images SET run_at = $2, claim = 0
-WHERE id = ANY($1) AND status = 'pending' AND (run_at IS NULL OR claim <> 0)`
+WHERE id IN (SELECT id FROM images WHERE id = ANY($1) AND status = 'pending' AND (run_at IS NULL OR claim <> 0)
+	ORDER BY id FOR UPDATE)`
 )
 
 // requeueAllTime is enough for millions of rows.
@@ -112,9 +119,11 @@ func (s *store) RequeueAll(ctx context.Context) (int64, error) {
 }
 
 const requeuePublished = `
+WITH batch AS MATERIALIZED (
+	SELECT id FROM images WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2 LIMIT $3)
 UPDATE images SET run_at = $1
-WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2
-	AND id IN (SELECT id FROM images WHERE status = 'pending' AND run_at IS NULL AND published_at <= $2 LIMIT $3)`
+WHERE id IN (SELECT id FROM images WHERE id IN (SELECT id FROM batch) AND status = 'pending' AND run_at IS NULL AND published_at <= $2
+	ORDER BY id FOR UPDATE)`
 
 // RequeuePublished makes every unfinished job that was published at least age
 // ago due again: for what the broker has lost from a queue that stands.
@@ -188,16 +197,21 @@ func without(all, some []string) []string {
 	return slices.DeleteFunc(slices.Clone(all), func(key string) bool { return slices.Contains(some, key) })
 }
 
-// discardObjects has objects deleted from the given time on.
+// discardObjects has objects deleted from the given time on, also those that are
+// reserved for longer.
 func discardObjects(ctx context.Context, tx querier, keys []string, at time.Time) error {
 	for _, key := range keys {
-		_, err := tx.Exec(ctx, `INSERT INTO garbage (object_key, delete_at) VALUES ($1, $2) ON CONFLICT (object_key) DO NOTHING`, key, at)
-		if err != nil {
+		if _, err := tx.Exec(ctx, insertGarbage, key, at); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+const insertGarbage = `
+INSERT INTO garbage (object_key, delete_at) VALUES ($1, $2)
+ON CONFLICT (object_key) DO UPDATE SET delete_at = excluded.delete_at
+WHERE NOT garbage.deleting AND garbage.delete_at > excluded.delete_at`
 
 // errReservationLost says that the object was deleted as garbage before its
 // image was settled: upload it again.

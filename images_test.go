@@ -342,10 +342,10 @@ func TestStoreRetriesThenBuriesAndReplays(t *testing.T) {
 		if err != nil || len(letter.History) != 2 || letter.History[0].Duration != 40*time.Millisecond || letter.History[1].Code != "http_503" {
 			t.Errorf("the dead letter: %+v, %v", letter, err)
 		}
-		if n, changed, err := s.ReplayDead(t.Context(), []int64{job.ID}); err != nil || n != 1 || !slices.Equal(changed, []productVersion{{p.ID, 4}}) {
+		if n, changed, err := s.ReplayDead(t.Context(), []int64{job.ID}, origin{}); err != nil || n != 1 || !slices.Equal(changed, []productVersion{{p.ID, 4}}) {
 			t.Errorf("replay: %d, %v, %v", n, changed, err)
 		}
-		if n, changed, err := s.ReplayDead(t.Context(), []int64{job.ID}); err != nil || n != 0 || len(changed) != 0 {
+		if n, changed, err := s.ReplayDead(t.Context(), []int64{job.ID}, origin{}); err != nil || n != 0 || len(changed) != 0 {
 			t.Errorf("second replay: %d, %v, %v", n, changed, err)
 		}
 		if jobs := publishDue(t, s); len(jobs) != 1 {
@@ -376,7 +376,7 @@ func TestStoreDiscardsDeadLetters(t *testing.T) {
 		if letters, err := s.DeadLetters(t.Context(), deadFilter{}, 0, 10); err != nil || len(letters) != 0 {
 			t.Errorf("still listed: %v, %v", letters, err)
 		}
-		if n, _, err := s.ReplayDead(t.Context(), []int64{job.ID}); err != nil || n != 0 {
+		if n, _, err := s.ReplayDead(t.Context(), []int64{job.ID}, origin{}); err != nil || n != 0 {
 			t.Errorf("replayed: %d, %v", n, err)
 		}
 		if got, _ := s.Product(t.Context(), p.ID); got.Images[0].Status != imageFailed {

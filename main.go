@@ -35,7 +35,7 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 // exitCode prints the error, if there is one, and answers 2 for a mistake of
 // the caller, 1 for any other failure.
 func exitCode(err error, stderr io.Writer) int {
-	if err == nil || errors.Is(err, flag.ErrHelp) {
+	if err == nil {
 		return 0
 	}
 	fmt.Fprintf(stderr, "pms: %v\n", err)
@@ -87,8 +87,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if len(args) == 0 {
 		args = []string{"serve"}
 	}
-	switch args[0] {
-	case "help", "-h", "-help", "--help":
+	if args[0] == "help" || wantsHelp(args) {
 		printManual(stdout)
 		return nil
 	}
@@ -101,49 +100,38 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return usageError{err}
 	}
 	config, err := loadConfig(getenv, isTerminal(stderr))
+	if err != nil {
+		return usageError{err}
+	}
 	logs := newLogBuffer(stderr)
 	defer logs.Flush()
 	p := &program{config: config, stdout: stdout, stderr: stderr, log: newLogger(config, logs)}
 	flags := flag.NewFlagSet(cmd.name, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	flags.Usage = func() {
-		if wantsHelp(rest) { // it is called for a mistake as well
-			printManual(stdout)
-		}
-	}
-	if err != nil && !wantsHelp(rest) {
-		return usageError{err}
-	}
 	return cmd.run(p, ctx, flags, rest)
 }
 
-// findCommand takes the words of a command off the arguments. Of a command that
-// has another word behind its first one, the first will do to ask for help.
+// findCommand takes the words of a command off the arguments.
 func findCommand(args []string) (command, []string, error) {
 	for _, cmd := range commands() {
 		if words := strings.Fields(cmd.name); slices.Equal(args[:min(len(words), len(args))], words) {
 			return cmd, args[len(words):], nil
 		}
 	}
-	for _, cmd := range commands() {
-		if strings.HasPrefix(cmd.name, args[0]+" ") && wantsHelp(args[1:]) {
-			return cmd, args[1:], nil
-		}
-	}
 	return command{}, nil, usagef("unknown command %q", strings.Join(args[:min(2, len(args))], " "))
 }
 
+// wantsHelp finds any of the ways in which package flag is asked for help.
 func wantsHelp(args []string) bool {
-	return slices.ContainsFunc(args, func(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" })
+	return slices.ContainsFunc(args, func(arg string) bool {
+		return arg == "-h" || arg == "--h" || arg == "-help" || arg == "--help"
+	})
 }
 
 // parse reads a command's flags and answers the words behind them, of which there
 // may be most; a negative number is no bound.
 func parse(flags *flag.FlagSet, args []string, most int) ([]string, error) {
 	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return nil, err
-		}
 		return nil, usageError{fmt.Errorf("%s: %w", flags.Name(), err)}
 	}
 	if most >= 0 && flags.NArg() > most {

@@ -35,8 +35,7 @@ func (s *server) observe(mux http.Handler) http.Handler {
 func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 	value := recover()
 	if value != nil && value != http.ErrAbortHandler {
-		s.log.LogAttrs(r.Context(), slog.LevelError, "panic in a handler",
-			slog.String("request_id", rec.origin.RequestID), slog.Any("err", value), slog.String("stack", string(debug.Stack())))
+		rec.origin.on(s.log).Error("panic in a handler", "err", value, "stack", string(debug.Stack()))
 		if rec.status == 0 {
 			s.renderError(rec, r, errors.New("panic"))
 		} else {
@@ -325,14 +324,14 @@ func (s *server) renderError(w http.ResponseWriter, r *http.Request, err error) 
 	p := problemFor(err, from)
 	switch p.Status {
 	case http.StatusInternalServerError:
-		s.log.LogAttrs(r.Context(), slog.LevelError, "request failed", slog.String("request_id", from.RequestID), slog.Any("err", err))
+		from.on(s.log).Error("request failed", "err", err)
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 		if s.hungUp(r) {
 			w.(*recorder).status = statusHungUp
 			break
 		}
-		s.log.LogAttrs(r.Context(), slog.LevelWarn, "request refused", slog.String("request_id", from.RequestID), slog.Any("err", err))
+		from.on(s.log).Warn("request refused", "err", err)
 	case http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", "1")
 	case http.StatusUnauthorized:

@@ -234,13 +234,7 @@ func stageDuration(name string) *metrics.PrometheusHistogram {
 // download is the first stage: it reads the job's row, which is the truth, and
 // fetches the image's source.
 func (p *pipeline) download(ctx context.Context, d Delivery) *work {
-	w := &work{delivery: d, started: time.Now(), log: p.log.With("job_id", d.Job.ID, "product_id", d.Job.ProductID)}
-	if d.Job.RequestID != "" {
-		w.log = w.log.With("request_id", d.Job.RequestID)
-	}
-	if d.Job.Traceparent != "" {
-		w.log = w.log.With("traceparent", d.Job.Traceparent)
-	}
+	w := &work{delivery: d, started: time.Now(), log: d.Job.on(p.log.With("job_id", d.Job.ID, "product_id", d.Job.ProductID))}
 	w.log.Debug("image received")
 	point("received")
 	return p.step("download", ctx, func(ctx context.Context, w *work) error {

@@ -325,12 +325,12 @@ func TestLoneStartsAreCountedInARow(t *testing.T) {
 		},
 		"dead and replayed": func(t *testing.T, s *store, job Job) {
 			bury(t, s, job, poisonError(maxLoneStarts))
-			_, _, err := s.ReplayDead(t.Context(), []int64{job.ID})
+			_, _, err := s.ReplayDead(t.Context(), []int64{job.ID}, origin{})
 			settled(t, err)
 		},
 		"ready and made again": func(t *testing.T, s *store, job Job) {
 			finish(t, s, job, fmt.Sprint(job.ID))
-			_, _, err := s.Reprocess(t.Context(), []int64{job.ID})
+			_, _, err := s.Reprocess(t.Context(), []int64{job.ID}, origin{})
 			settled(t, err)
 		},
 	}

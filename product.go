@@ -60,11 +60,10 @@ type Image struct {
 // Job is what the queue carries for one image. It is a hint: a worker reads
 // the image's row before it does anything, since the row is the truth.
 type Job struct {
-	ID          int64  `json:"job"`
-	ProductID   int64  `json:"product"`
-	RequestID   string `json:"request_id,omitempty"`
-	Traceparent string `json:"traceparent,omitempty"`
-	Starts      int    `json:"-"` // counted in its row when it was claimed: see poison.go
+	ID        int64 `json:"job"`
+	ProductID int64 `json:"product"`
+	origin
+	Starts int `json:"-"` // counted in its row when it was claimed: see poison.go
 }
 
 // imageError is why an image could not be made. It is the image's failure and

@@ -195,11 +195,18 @@ func (c *amqpConsumer) finish() error {
 	return nil
 }
 
-// whyEnded says why the broker sends no more.
+// whyEnded says why the broker sends no more. The library closes canceled too when
+// it closes the channel.
 func (c *amqpConsumer) whyEnded() error {
 	select {
-	case <-c.canceled:
-		return fmt.Errorf("consumer was canceled: %w", errNoQueue)
+	case _, ok := <-c.canceled:
+		if ok {
+			return fmt.Errorf("consumer was canceled: %w", errNoQueue)
+		}
+	case <-c.link.alive.Done():
+		return context.Cause(c.link.alive)
+	}
+	select {
 	case err := <-c.closed:
 		return fmt.Errorf("consumer channel closed: %w", orClosed(err))
 	case <-c.link.alive.Done():

@@ -58,7 +58,7 @@ func TestQueueContract(t *testing.T) {
 
 func promiseDelivery(t *testing.T, open func(refillFunc) queueUnderTest) {
 	q := runQueue(t, open(noRefill))
-	want := Job{ID: 7, ProductID: 3, RequestID: "r-1", Traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+	want := Job{ID: 7, ProductID: 3, origin: origin{"r-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}}
 	publishAll(t, q, want)
 	in := consume(t, q, 1)
 	d := receive(t, in.out)
@@ -236,7 +236,7 @@ func TestQueueMessageOnTheWire(t *testing.T) {
 	t.Parallel()
 	url := testAMQP(t)
 	q := runQueue(t, newRabbitQueue(url, noRefill, testLog(t)))
-	publishAll(t, q, Job{ID: 12, ProductID: 4, RequestID: "req", Traceparent: "trace"})
+	publishAll(t, q, Job{ID: 12, ProductID: 4, origin: origin{"req", "trace"}})
 	m := getRaw(t, openChannel(t, url), workQueueName)
 	if m.DeliveryMode != amqp.Persistent || m.MessageId != "12" || m.AppId != "pms" || m.ContentType != "application/json" {
 		t.Errorf("properties: %+v", m)

@@ -52,15 +52,15 @@ const (
 WHERE id = ANY($1) AND ` + isMade + `
 RETURNING product_id`
 
-	reprocessProduct = setAnew + `, request_id = $3, traceparent = $4
+	reprocessProduct = setAnew + `
 WHERE product_id = $1 AND ` + isMade
 )
 
 // Reprocess queues those of the images anew that have been made and are not in
 // work. It answers how many they were, and the new versions of their products, these
 // also with an error: see versionsNow.
-func (s *store) Reprocess(ctx context.Context, ids []int64) (queued int, changed []productVersion, err error) {
-	queued, changed, err = s.queueAnew(ctx, ids, selectMadeProducts, reprocessMade)
+func (s *store) Reprocess(ctx context.Context, ids []int64, from origin) (queued int, changed []productVersion, err error) {
+	queued, changed, err = s.queueAnew(ctx, ids, from, selectMadeProducts, reprocessMade)
 	return queued, changed, wrap(fmt.Sprintf("reprocess %d images", len(ids)), err)
 }
 
@@ -89,10 +89,10 @@ func (s *store) ReprocessProduct(ctx context.Context, id int64, from origin, all
 
 // reprocess queues every image anew that the filter selects, each once; as replay
 // does with dead letters.
-func reprocess(ctx context.Context, db *store, f madeFilter, rate int, invalidate func(id, version int64)) (queued int, err error) {
+func reprocess(ctx context.Context, db *store, f madeFilter, from origin, rate int, invalidate func(id, version int64)) (queued int, err error) {
 	page := func(after int64, limit int) ([]int64, error) { return db.MadeImages(ctx, f, after, limit) }
 	return inBatches(ctx, rate, page, func(ids []int64) (int, error) {
-		n, changed, err := db.Reprocess(ctx, ids)
+		n, changed, err := db.Reprocess(ctx, ids, from)
 		tell(changed, invalidate)
 		return n, err
 	})

@@ -37,7 +37,7 @@ func TestStoreReprocessLeavesDeadLettersAlone(t *testing.T) {
 		if queued, _ := reprocessAll(t, s, p.ID); queued != 0 {
 			t.Errorf("queued %d of the product", queued)
 		}
-		if queued, _, err := s.Reprocess(t.Context(), []int64{job.ID}); queued != 0 || err != nil {
+		if queued, _, err := s.Reprocess(t.Context(), []int64{job.ID}, origin{}); queued != 0 || err != nil {
 			t.Errorf("queued %d by its id, %v", queued, err)
 		}
 	})
@@ -143,7 +143,7 @@ func TestReprocessesAtOnceAreOne(t *testing.T) {
 				var queued int
 				var err error
 				if n%2 == 0 {
-					queued, err = reprocess(t.Context(), s, madeFilter{}, 0, func(id, _ int64) { mu.Lock(); told[id]++; mu.Unlock() })
+					queued, err = reprocess(t.Context(), s, madeFilter{}, origin{}, 0, func(id, _ int64) { mu.Lock(); told[id]++; mu.Unlock() })
 				} else {
 					for id := int64(products); id > 0 && err == nil; id-- { // against the order of the others
 						var some, version int64
@@ -268,7 +268,7 @@ func TestReprocessKeepsItsRate(t *testing.T) {
 			finish(t, s, job, fmt.Sprint(job.ID))
 		}
 		start := time.Now()
-		if n, err := reprocess(t.Context(), s, madeFilter{}, 20, func(int64, int64) {}); err != nil || n != 5 {
+		if n, err := reprocess(t.Context(), s, madeFilter{}, origin{}, 20, func(int64, int64) {}); err != nil || n != 5 {
 			t.Fatalf("queued %d, %v", n, err)
 		}
 		if took := time.Since(start); took < 4*time.Second/20 {

@@ -97,7 +97,7 @@ func (p *program) missingFor(name string) (missing []string) {
 func (a *app) open(ctx context.Context) (err error) {
 	if addr := a.listenAddr(); addr != "" {
 		if a.listener, err = net.Listen("tcp", addr); err != nil {
-			return err
+			return fmt.Errorf("LISTEN_ADDR: %w", err)
 		}
 	}
 	if a.DatabaseURL == "" {

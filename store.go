@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -44,7 +45,7 @@ type rows interface {
 // store keeps products, their images and everything else that must not be lost.
 //
 // Each method is one transaction. All of them lock a product before its images,
-// so that no two can wait for each other.
+// and images by id, so that no two can wait for each other.
 type store struct {
 	database
 	now func() time.Time
@@ -103,7 +104,8 @@ func queryRow(ctx context.Context, q querier, dest []any, sql string, args ...an
 	return r.Err()
 }
 
-// collect scans every row of a result.
+// collect scans every row of a result. Of one that ended in an error nothing is
+// answered: nobody must take a part for the whole.
 func collect[T any](r rows, err error, scan func(rows) (T, error)) ([]T, error) {
 	if err != nil {
 		return nil, err
@@ -117,7 +119,10 @@ func collect[T any](r rows, err error, scan func(rows) (T, error)) ([]T, error) 
 		}
 		all = append(all, one)
 	}
-	return all, r.Err()
+	if err := r.Err(); err != nil {
+		return nil, err
+	}
+	return all, nil
 }
 
 // scanOne scans a row of one column.
@@ -199,7 +204,10 @@ func scanProducts(r rows, err error) ([]Product, error) {
 			last.Images = append(last.Images, i)
 		}
 	}
-	return products, r.Err()
+	if err := r.Err(); err != nil {
+		return nil, err // the last product may lack images
+	}
+	return products, nil
 }
 
 const selectProduct = `
@@ -233,8 +241,19 @@ func product(ctx context.Context, q querier, id int64) (Product, error) {
 // origin is where a change came from: it goes with the images that it queues,
 // so that the pipeline's log lines name it.
 type origin struct {
-	RequestID   string
-	Traceparent string
+	RequestID   string `json:"request_id,omitempty"`
+	Traceparent string `json:"traceparent,omitempty"`
+}
+
+// on has every line of a log name the origin, as far as it is known.
+func (from origin) on(log *slog.Logger) *slog.Logger {
+	if from.RequestID != "" {
+		log = log.With("request_id", from.RequestID)
+	}
+	if from.Traceparent != "" {
+		log = log.With("traceparent", from.Traceparent)
+	}
+	return log
 }
 
 const insertProduct = `
@@ -341,6 +360,11 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		if _, err := tx.Exec(ctx, updateProduct, id, p.Name, foldCase(p.Name), p.Description, p.Price, p.Version, p.UpdatedAt); err != nil {
 			return err
 		}
+		if len(dropped)+len(moved) > 0 {
+			if _, err := queryIDs(ctx, tx, lockImages, id); err != nil {
+				return err
+			}
+		}
 		if err := dropImages(ctx, tx, dropped, p.UpdatedAt); err != nil {
 			return err
 		}
@@ -432,6 +456,10 @@ func inOrder(kept, added []Image) []Image {
 	return all
 }
 
+// lockImages locks a product's images in the order in which all lock them, those
+// too who lock many without their products. Who changes a single one need not.
+const lockImages = `SELECT id FROM images WHERE product_id = $1 ORDER BY id FOR UPDATE`
+
 // dropImages deletes image rows, and their objects in time. A worker that is
 // at one of them finds the row gone and its upload is deleted too.
 func dropImages(ctx context.Context, tx querier, dropped []Image, now time.Time) error {
@@ -455,6 +483,9 @@ func (s *store) DeleteProduct(ctx context.Context, id int64, allow func(Product)
 			return err
 		}
 		if err := allow(p); err != nil {
+			return err
+		}
+		if _, err := queryIDs(ctx, tx, lockImages, id); err != nil {
 			return err
 		}
 		if err := dropImages(ctx, tx, p.Images, s.now()); err != nil {

@@ -257,3 +257,20 @@ func TestStoreDiscardsWhatCameTooLate(t *testing.T) {
 		}
 	})
 }
+
+// What a worker uploaded while its product was deleted goes as soon as it knows,
+// and not when its reservation ends.
+func TestStoreDiscardsWhatIsReserved(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		job := publishDue(t, s)[0]
+		reserve(t, s, job, "main", "320")
+		deleteProduct(t, s, p.ID)
+		wantGarbage(t, s, "while it is uploaded")
+		if err := s.DiscardUnwanted(t.Context(), job.ID, []string{"main", "320"}); err != nil {
+			t.Fatal(err)
+		}
+		wantGarbage(t, s, "after the upload", "320", "main")
+	})
+}

@@ -224,7 +224,7 @@ SELECT EXISTS (SELECT 1 FROM webhooks h WHERE h.gone_at IS NULL AND
 SELECT id, user_id, seen_tx, seen_id FROM webhooks WHERE gone_at IS NULL ORDER BY id FOR UPDATE SKIP LOCKED`
 
 	moveWebhooks = `
-UPDATE webhooks SET seen_tx = $2, seen_id = $3 WHERE id = ANY($1) AND (seen_tx, seen_id) < ($2, $3)`
+UPDATE webhooks SET seen_tx = $2, seen_id = $3 WHERE id = ANY($1)`
 )
 
 // follower is a webhook and its place in the log.
@@ -242,40 +242,57 @@ func (s *store) MakeDeliveries(ctx context.Context, limit int, body func(event) 
 		return false, wrap("look for events for webhooks", err)
 	}
 	err = s.InTx(ctx, func(tx querier) error {
-		followers, err := lockedFollowers(ctx, tx)
-		if err != nil || len(followers) == 0 {
-			more = false
+		more = false
+		places, err := lockedFollowers(ctx, tx)
+		if err != nil {
 			return err
 		}
-		from, ids := followers[0].Seen, make([]int64, len(followers))
-		for n, f := range followers {
-			if ids[n] = f.ID; from.after(f.Seen) {
-				from = f.Seen
-			}
-		}
-		r, err := tx.Query(ctx, selectEvents, from.Tx, from.ID, limit)
-		events, err := collect(r, err, scanEvent)
-		if more = len(events) == limit; err != nil || len(events) == 0 {
-			return err
-		}
-		for _, e := range events {
-			if err := insertDeliveries(ctx, tx, e, followers, body, s.now()); err != nil {
+		for from, followers := range places { // so that none waits for one that is further behind
+			made, err := deliverPage(ctx, tx, from, followers, limit, body, s.now())
+			if err != nil {
 				return err
 			}
+			more = more || made == limit
 		}
-		last := events[len(events)-1].place
-		_, err = tx.Exec(ctx, moveWebhooks, ids, last.Tx, last.ID)
-		return err
+		return nil
 	})
 	return more, wrap("make deliveries", err)
 }
 
-func lockedFollowers(ctx context.Context, tx querier) ([]follower, error) {
+// lockedFollowers are those that no other process is at, by their places.
+func lockedFollowers(ctx context.Context, tx querier) (map[place][]follower, error) {
 	r, err := tx.Query(ctx, lockWebhooks)
-	return collect(r, err, func(r rows) (f follower, err error) {
+	followers, err := collect(r, err, func(r rows) (f follower, err error) {
 		err = r.Scan(&f.ID, &f.UserID, &f.Seen.Tx, &f.Seen.ID)
 		return f, err
 	})
+	places := make(map[place][]follower)
+	for _, f := range followers {
+		places[f.Seen] = append(places[f.Seen], f)
+	}
+	return places, err
+}
+
+// deliverPage makes the deliveries of a page of events for all who stand at one place,
+// and answers how many events it had.
+func deliverPage(ctx context.Context, tx querier, from place, followers []follower, limit int, body func(event) []byte, now time.Time) (int, error) {
+	r, err := tx.Query(ctx, selectEvents, from.Tx, from.ID, limit)
+	events, err := collect(r, err, scanEvent)
+	if err != nil || len(events) == 0 {
+		return 0, err
+	}
+	for _, e := range events {
+		if err := insertDeliveries(ctx, tx, e, followers, body, now); err != nil {
+			return 0, err
+		}
+	}
+	ids := make([]int64, len(followers))
+	for n, f := range followers {
+		ids[n] = f.ID
+	}
+	last := events[len(events)-1].place
+	_, err = tx.Exec(ctx, moveWebhooks, ids, last.Tx, last.ID)
+	return len(events), err
 }
 
 const insertDelivery = `
@@ -286,7 +303,7 @@ SELECT id, $2, $3, $4, $5, $6, $7 FROM webhooks WHERE id = ANY($1)`
 func insertDeliveries(ctx context.Context, tx querier, e event, followers []follower, body func(event) []byte, now time.Time) error {
 	var to []int64
 	for _, f := range followers {
-		if e.after(f.Seen) && (f.UserID == nil || *f.UserID == e.UserID) {
+		if f.UserID == nil || *f.UserID == e.UserID {
 			to = append(to, f.ID)
 		}
 	}
@@ -371,9 +388,8 @@ WHERE id IN (SELECT id FROM undeliverable)`
 )
 
 // SettleUndelivered records a failed try: the delivery is due again at f.RetryAt,
-// or given up. With gone so are all of the webhook, which gets nothing more.
-//
-// They follow, so that nobody waits for them: what this does not come to ForgetDeliveries does.
+// or given up. With gone the webhook gets nothing more: ForgetDeliveries gives up
+// what else it has.
 func (s *store) SettleUndelivered(ctx context.Context, webhookID int64, d delivery, f failure, gone bool) error {
 	now := s.now()
 	retryAt, failedAt := f.times(now)
@@ -387,9 +403,6 @@ func (s *store) SettleUndelivered(ctx context.Context, webhookID int64, d delive
 		_, err := tx.Exec(ctx, retireWebhook, webhookID, now)
 		return err
 	})
-	if err == nil && gone {
-		_, err = s.inBatches(ctx, failDeliveries, now)
-	}
 	return wrap(fmt.Sprintf("settle failed delivery %d", d.ID), err)
 }
 

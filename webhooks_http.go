@@ -64,6 +64,9 @@ func (s *server) createWebhook(w http.ResponseWriter, r *http.Request) error {
 	}
 	hook := in.webhook()
 	if err := in.err(); err != nil {
+		if hook.UserID != nil {
+			err = s.alsoUnknownUser(w, r, *hook.UserID, err)
+		}
 		return err
 	}
 	if hook.UserID == nil {

@@ -151,13 +151,7 @@ func (d *deliverer) lane(ctx context.Context, id int64) {
 // deliver sends one delivery and writes down what has become of it. It says whether
 // it was sent at all.
 func (d *deliverer) deliver(ctx context.Context, to webhook, one delivery) (sent bool) {
-	log := d.log.With("webhook_id", to.ID, "event_id", one.EventID, "product_id", one.ProductID)
-	if one.RequestID != "" {
-		log = log.With("request_id", one.RequestID)
-	}
-	if one.Traceparent != "" {
-		log = log.With("traceparent", one.Traceparent)
-	}
+	log := one.on(d.log.With("webhook_id", to.ID, "event_id", one.EventID, "product_id", one.ProductID))
 	start := time.Now()
 	header, err := webhookHeader(to.Secret, one, start)
 	if err == nil {
