@@ -86,10 +86,9 @@ func (i *idempotency) record(ctx context.Context, tx querier, p Product) error {
 	return err
 }
 
-// In this order, or SQLite reads all keys of the user for each.
 const forgetIdempotencyKeys = `
 DELETE FROM idempotency_keys
-WHERE (key, user_id) IN (SELECT key, user_id FROM idempotency_keys WHERE created_at <= $1 LIMIT $2)`
+WHERE (user_id, key) IN (SELECT user_id, key FROM idempotency_keys WHERE created_at <= $1 LIMIT $2)`
 
 // ForgetIdempotencyKeys deletes those that have expired.
 func (s *store) ForgetIdempotencyKeys(ctx context.Context) error {

@@ -164,31 +164,26 @@ func (f productFilter) where() (c conditions, err error) {
 	case n > 0:
 		c.add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
 	}
+	if f.MinPrice != nil {
+		c.add("price_cents >= ?", int64(*f.MinPrice))
+	}
+	if f.MaxPrice != nil {
+		c.add("price_cents <= ?", int64(*f.MaxPrice))
+	}
+	if f.After == nil {
+		return c, nil
+	}
 	column, beyond := f.Sort.column(), ">"
 	if f.Sort.descending() {
 		beyond = "<"
 	}
-	var value any
-	switch {
-	case f.After == nil:
-	case column == "id":
+	if column == "id" {
 		c.add("id "+beyond+" ?", f.After.ID)
-	default:
-		if value, err = f.After.value(); err != nil {
-			return c, err
-		}
-		c.add("("+column+", id) "+beyond+" (?, ?)", value, f.After.ID)
+		return c, nil
 	}
-	// Of a cursor and a bound that it implies, SQLite would begin at the bound.
-	price, byPrice := value.(int64)
-	byPrice = byPrice && column == "price_cents"
-	if f.MinPrice != nil && !(byPrice && beyond == ">" && price >= int64(*f.MinPrice)) {
-		c.add("price_cents >= ?", int64(*f.MinPrice))
-	}
-	if f.MaxPrice != nil && !(byPrice && beyond == "<" && price <= int64(*f.MaxPrice)) {
-		c.add("price_cents <= ?", int64(*f.MaxPrice))
-	}
-	return c, nil
+	value, err := f.After.value()
+	c.add("("+column+", id) "+beyond+" (?, ?)", value, f.After.ID)
+	return c, err
 }
 
 // order is the list's order by columns of a table, such as "p.".

@@ -54,10 +54,10 @@ func TestImagesAreLockedInOrder(t *testing.T) {
 }
 
 // wantLockedInOrder locks the first of some images, which it makes the last in the
-// table before, and wants the last of them not to be locked by who waits for it.
+// table and its indexes before, and wants the last of them not to be locked by who waits for it.
 func wantLockedInOrder(t *testing.T, db *postgres, first, last int64, change func(ctx context.Context) error) {
 	t.Helper()
-	if _, err := db.Exec(t.Context(), `UPDATE images SET position = position WHERE id = $1`, first); err != nil {
+	if _, err := db.Exec(t.Context(), `UPDATE images SET position = position + 100 WHERE id = $1`, first); err != nil {
 		t.Fatal(err)
 	}
 	const lock = `SELECT id FROM images WHERE id = $1 FOR UPDATE NOWAIT`
