@@ -15,10 +15,6 @@ func TestImagesAreLockedInOrder(t *testing.T) {
 			_, err := s.RequeueAll(ctx)
 			return err
 		},
-		"what the broker lost": func(ctx context.Context, s *store, _ Product) error {
-			_, err := s.RequeuePublished(ctx, 0)
-			return err
-		},
 		"a deletion": func(ctx context.Context, s *store, p Product) error { return s.DeleteProduct(ctx, p.ID, always) },
 		"an update": func(ctx context.Context, s *store, p Product) error {
 			_, err := s.UpdateProduct(ctx, p.ID, origin{}, always, func(p *Product) { p.Images = nil })
