@@ -155,7 +155,7 @@ func exportCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []
 	if len(words) > 0 {
 		name = words[0]
 	}
-	return p.withStore(ctx, func(db *store) error {
+	return p.withExistingStore(ctx, func(db *store) error {
 		if name == "-" {
 			return exportProducts(ctx, db, productFilter{}, newRowWriter(p.stdout, format(name)))
 		}

@@ -92,7 +92,7 @@ func deadListCommand(p *program, ctx context.Context, flags *flag.FlagSet, args 
 	if err != nil {
 		return err
 	}
-	return p.withStore(ctx, func(db *store) error { return p.printDeadLetters(ctx, db, filter) })
+	return p.withExistingStore(ctx, func(db *store) error { return p.printDeadLetters(ctx, db, filter) })
 }
 
 func (p *program) printDeadLetters(ctx context.Context, db *store, filter deadFilter) error {
@@ -163,7 +163,7 @@ func deadReplayCommand(p *program, ctx context.Context, flags *flag.FlagSet, arg
 	if err != nil {
 		return err
 	}
-	return p.withStore(ctx, func(db *store) error {
+	return p.withExistingStore(ctx, func(db *store) error {
 		if o.dryRun {
 			return p.countReplay(ctx, db, o)
 		}
@@ -227,7 +227,7 @@ func reprocessCommand(p *program, ctx context.Context, flags *flag.FlagSet, args
 		return err
 	}
 	f := madeFilter{deadFilter: o.filter, Products: o.ids}
-	return p.withStore(ctx, func(db *store) error {
+	return p.withExistingStore(ctx, func(db *store) error {
 		if err := checkProducts(ctx, db, o.ids); err != nil {
 			return err
 		}
@@ -267,7 +267,7 @@ func (p *program) forEachID(ctx context.Context, flags *flag.FlagSet, args []str
 	if err != nil {
 		return err
 	}
-	return p.withStore(ctx, func(db *store) error {
+	return p.withExistingStore(ctx, func(db *store) error {
 		for _, id := range ids {
 			if err := do(db, id); err != nil {
 				return err

@@ -72,7 +72,7 @@ func (c *config) settings() []setting {
 		{"PUBLIC_URL", "", "base of the URLs of images in DATA_DIR; else http:// and the listening address", baseURL(&c.PublicURL)},
 		{"DATA_DIR", "data", "directory of the embedded database and images", text(&c.DataDir)},
 		{"AUTH", "", `"on" or "off"; else on, unless only loopback is listened on`, onOff(&c.Auth)},
-		{"MAX_REQUESTS", "1024", "requests in work at once; as many again that send their bodies, and that listen to events", number(&c.Limits.MaxRequests, 1, 1<<20)},
+		{"MAX_REQUESTS", "1024", "requests handled at once (503 beyond); as many more may be sending their bodies, and as many more listening to events", number(&c.Limits.MaxRequests, 1, 1<<20)},
 		{"RATE_LIMIT", "5000", "requests a second of one token; 0 is no limit", number(&c.Limits.RateLimit, 0, 1<<20)},
 		{"CACHE_TTL", "60s", "how long a cached product may be served after a lost invalidation", duration(&c.CacheTTL, time.Second, 24*time.Hour)},
 		{"CACHE_SIZE", "64MiB", "memory for cached products in the process, the copies of what is in Redis included", byteSize(&c.CacheSize, 1<<20)},

@@ -234,11 +234,10 @@ func composeContainers(t *testing.T) (found []container) {
 
 // manifest is what the tests read of a Kubernetes object.
 type manifest struct {
-	Kind       string
-	Metadata   struct{ Name string }
-	Data       map[string]string
-	StringData map[string]string `yaml:"stringData"`
-	Spec       struct {
+	Kind     string
+	Metadata struct{ Name string }
+	Data     map[string]string
+	Spec     struct {
 		Template struct {
 			Spec struct {
 				Grace      int `yaml:"terminationGracePeriodSeconds"`
@@ -289,8 +288,12 @@ func kubernetesContainers(t *testing.T) (found []container) {
 	shared := make(map[string]string)
 	for _, m := range manifests {
 		maps.Copy(shared, m.Data)
-		maps.Copy(shared, m.StringData)
 	}
+	secret, err := readDotEnv(bytes.NewReader(readFile(t, "deploy/kubernetes/pms.env.example")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	maps.Copy(shared, secret)
 	for _, m := range manifests {
 		for _, c := range m.Spec.Template.Spec.Containers {
 			settings := maps.Clone(shared)

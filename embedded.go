@@ -44,12 +44,15 @@ var sqliteOptions = url.Values{
 // of up to 2 MB.
 const sqliteReaders = 8
 
+// sqliteFile is where the database is in DATA_DIR.
+func sqliteFile(dir string) string { return filepath.Join(dir, "pms.db") }
+
 // openSQLite opens the database in dir, which it makes if need be.
 func openSQLite(dir string) (*sqlite, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	path := filepath.ToSlash(filepath.Join(dir, "pms.db"))
+	path := filepath.ToSlash(sqliteFile(dir))
 	dsn := (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: sqliteOptions.Encode()}).String()
 	writer, err := driver.Open(dsn)
 	if err != nil {

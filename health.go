@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
 	"sync"
 	"time"
@@ -45,7 +46,7 @@ type readinessJSON struct {
 }
 
 func (s *server) readiness() readinessJSON {
-	ready := readinessJSON{"ready", s.checkup.states(s.parts)}
+	ready := readinessJSON{"ready", s.checkup.states(s.parts, s.log)}
 	for _, p := range s.parts {
 		if ready.Parts[p.name] == "ok" {
 			continue
@@ -75,19 +76,19 @@ type checkup struct {
 
 // states answers how the parts are. Of callers at once, one asks for all; so the
 // question does not end with its caller.
-func (c *checkup) states(parts []part) map[string]string {
+func (c *checkup) states(parts []part, log *slog.Logger) map[string]string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if time.Now().After(c.until) {
-		c.found = checkParts(parts)
+		c.found = checkParts(parts, c.found, log)
 		c.until = time.Now().Add(checkupTime)
 	}
 	return c.found
 }
 
-// checkParts asks all parts at once how they are: "ok" or "unavailable". The
-// reasons are in the log, not for everybody who can reach /readyz.
-func checkParts(parts []part) map[string]string {
+// checkParts asks all parts at once how they are: "ok" or "unavailable". The reason
+// why one is no longer as before is in the log, not for everybody who can reach /readyz.
+func checkParts(parts []part, before map[string]string, log *slog.Logger) map[string]string {
 	ctx, cancel := context.WithTimeout(context.Background(), pingTimeout)
 	defer cancel()
 	states := make(map[string]string, len(parts))
@@ -95,8 +96,14 @@ func checkParts(parts []part) map[string]string {
 	var group sync.WaitGroup
 	for _, p := range parts {
 		group.Go(func() {
-			state := "ok"
-			if p.ping(ctx) != nil {
+			state, err := "ok", p.ping(ctx)
+			switch {
+			case err != nil && before[p.name] != "unavailable":
+				log.Warn("a part is away", "part", p.name, "err", err)
+			case err == nil && before[p.name] == "unavailable":
+				log.Info("a part is back", "part", p.name)
+			}
+			if err != nil {
 				state = "unavailable"
 			}
 			mu.Lock()

@@ -1096,6 +1096,7 @@ func TestCommandLine(t *testing.T) {
 		"stray argument":        {[]string{"serve", "now"}, nil, 2, []string{`"now"`}},
 		"user without email":    {[]string{"user", "add", "-name", "x"}, nil, 2, []string{"-email"}},
 		"token without user":    {[]string{"token", "create"}, nil, 2, []string{"-user"}},
+		"dead on no database":   {[]string{"dead", "list"}, nil, 2, []string{"DATABASE_URL"}},
 		"dead without id":       {[]string{"dead", "show"}, nil, 2, []string{"id"}},
 		"dead with a bad id":    {[]string{"dead", "discard", "x"}, nil, 2, []string{`"x"`}},
 		"user with a bad email": {[]string{"user", "add", "-name", "x", "-email", "Ann <ann@example.com>"}, nil, 2, []string{"-email"}},

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -198,7 +199,7 @@ func TestReadinessIsFoundOutOnceForAll(t *testing.T) {
 			var callers sync.WaitGroup
 			for range 20 {
 				callers.Go(func() {
-					if states := c.states(parts); states["store"] != "ok" {
+					if states := c.states(parts, testLog(t)); states["store"] != "ok" {
 						t.Errorf("the parts are %v", states)
 					}
 				})
@@ -212,6 +213,22 @@ func TestReadinessIsFoundOutOnceForAll(t *testing.T) {
 	})
 }
 
+// Why a part is away is said once, and when it is back.
+func TestPartThatIsAwayIsLoggedOnce(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	var c checkup
+	var err error
+	parts := []part{{"blobs", false, func(context.Context) error { return err }}}
+	for _, err = range []error{nil, errors.New("no such bucket"), errors.New("no such bucket"), nil, nil} {
+		c.until = time.Time{}
+		c.states(parts, slog.New(slog.NewTextHandler(&log, nil)))
+	}
+	if text := log.String(); strings.Count(text, "\n") != 2 || !strings.Contains(text, `msg="a part is away" part=blobs err="no such bucket"`) || !strings.Contains(text, `msg="a part is back" part=blobs`) {
+		t.Errorf("logged:\n%s", text)
+	}
+}
+
 // Without a part that is required the program is unavailable, whatever else is away.
 func TestReadinessIsThatOfTheWorstPart(t *testing.T) {
 	t.Parallel()
@@ -222,7 +239,7 @@ func TestReadinessIsThatOfTheWorstPart(t *testing.T) {
 		"degraded":    {{"cache", false, away}, {"store", true, ok}, {"queue", false, away}},
 		"unavailable": {{"cache", false, away}, {"store", true, away}, {"queue", false, away}},
 	} {
-		if got := (&server{parts: parts}).readiness(); got.Status != want {
+		if got := (&server{parts: parts, log: testLog(t)}).readiness(); got.Status != want {
 			t.Errorf("%v, want %s", got, want)
 		}
 	}

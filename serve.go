@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime"
@@ -456,7 +457,18 @@ func (a *app) serveHTTP(ctx context.Context) error {
 	return nil
 }
 
-// withStore runs an operator's command on the database, which must be there.
+// withExistingStore is withStore for commands that look at what there is. Without
+// the service's settings they would make an empty database and find nothing in it.
+func (p *program) withExistingStore(ctx context.Context, do func(*store) error) error {
+	if p.DatabaseURL == "" {
+		if _, err := os.Stat(sqliteFile(p.DataDir)); err != nil {
+			return usagef("there is no database in DATA_DIR %s: is DATABASE_URL to be set, or another DATA_DIR?", p.DataDir)
+		}
+	}
+	return p.withStore(ctx, do)
+}
+
+// withStore runs an operator's command on the database.
 func (p *program) withStore(ctx context.Context, do func(*store) error) error {
 	db, err := p.openStore(ctx)
 	if err != nil {

@@ -133,7 +133,7 @@ func listTokensCommand(p *program, ctx context.Context, flags *flag.FlagSet, arg
 	if _, err := parse(flags, args, 0); err != nil {
 		return err
 	}
-	return p.withStore(ctx, func(db *store) error {
+	return p.withExistingStore(ctx, func(db *store) error {
 		tokens, err := db.Tokens(ctx)
 		if err != nil {
 			return err
