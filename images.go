@@ -400,10 +400,11 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 		return 0, wrap("claim garbage", err)
 	}
 	point("garbage claimed")
+	var failed error
 	for _, key := range keys {
 		if err := remove(removing, key); err != nil {
-			_, giveBack := s.Exec(ctx, `UPDATE garbage SET delete_at = $1 WHERE deleting AND delete_at = $2`, s.now().Add(garbageRetry), until)
-			return len(keys), errors.Join(fmt.Errorf("delete object %s: %w", key, err), wrap("give garbage back", giveBack))
+			failed = errors.Join(failed, fmt.Errorf("delete object %s: %w", key, err))
+			continue // one that never can be deleted must not keep those beside it
 		}
 		point("object deleted")
 		_, err := s.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND deleting AND delete_at = $2`, key, until)
@@ -412,7 +413,11 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 		}
 		point("garbage forgotten")
 	}
-	return len(keys), nil
+	if failed != nil {
+		_, err := s.Exec(ctx, `UPDATE garbage SET delete_at = $1 WHERE deleting AND delete_at = $2`, s.now().Add(garbageRetry), until)
+		failed = errors.Join(failed, wrap("give garbage back", err))
+	}
+	return len(keys), failed
 }
 
 // wrap says what went wrong, if anything did.

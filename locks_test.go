@@ -63,16 +63,49 @@ func wantLockedInOrder(t *testing.T, db *postgres, first, last int64, change fun
 			return err
 		}
 		go func() { changed <- change(t.Context()) }()
-		eventually(t, "it waits for the first image", func() bool {
-			var waits bool
-			err := queryRow(t.Context(), db, []any{&waits}, `SELECT EXISTS (SELECT 1 FROM pg_stat_activity
-				WHERE datname = current_database() AND wait_event_type = 'Lock')`)
-			return err == nil && waits
-		})
+		awaitLockWait(t, db)
 		_, err := queryIDs(t.Context(), tx, lock, last)
 		return err
 	})
 	if err := errors.Join(err, <-changed); err != nil {
 		t.Error(err)
 	}
+}
+
+// A commit whose client has gone may still be under way: what came of it is known
+// when its lock is free.
+func TestLostWriteIsAwaited(t *testing.T) {
+	t.Parallel()
+	s, db := postgresStore(t)
+	p := create(t, s)
+	eventually(t, "the version is that of the commit", func() bool { // within lostWriteTime, as far as the machine lets
+		p.Version++
+		now := make(chan []productVersion, 1)
+		err := db.InTx(t.Context(), func(tx querier) error {
+			if _, err := tx.Exec(t.Context(), `UPDATE products SET version = $2 WHERE id = $1`, p.ID, p.Version); err != nil {
+				return err
+			}
+			go func() { now <- s.versionsNow(t.Context(), p.ID) }()
+			awaitLockWait(t, db)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := <-now
+		if len(found) > 0 && found[0] != (productVersion{p.ID, p.Version}) {
+			t.Fatalf("found %+v, want version %d", found, p.Version)
+		}
+		return len(found) > 0
+	})
+}
+
+func awaitLockWait(t *testing.T, db *postgres) {
+	t.Helper()
+	eventually(t, "somebody waits for a lock", func() bool {
+		var waits bool
+		err := queryRow(t.Context(), db, []any{&waits}, `SELECT EXISTS (SELECT 1 FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock')`)
+		return err == nil && waits
+	})
 }

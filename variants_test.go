@@ -274,3 +274,25 @@ func TestStoreDiscardsWhatIsReserved(t *testing.T) {
 		wantGarbage(t, s, "after the upload", "320", "main")
 	})
 }
+
+// An object that cannot be deleted does not keep the others.
+func TestStoreDeletesWhatItCan(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		p := create(t, s, "a")
+		finish(t, s, publishDue(t, s)[0], "main", "320", "800")
+		deleteProduct(t, s, p.ID)
+		refused, first := errors.New("refused"), ""
+		_, err := s.CollectGarbage(t.Context(), 10, func(_ context.Context, key string) error {
+			if first = cmp.Or(first, key); key == first {
+				return refused
+			}
+			return nil
+		})
+		if !errors.Is(err, refused) {
+			t.Errorf("the failure is %v", err)
+		}
+		advance(s, garbageRetry)
+		wantGarbage(t, s, "later", first)
+	})
+}
