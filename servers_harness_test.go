@@ -136,25 +136,6 @@ func TestVirtualHostsAreSeparate(t *testing.T) {
 	}
 }
 
-func TestRabbitMQKeepsConfirmedMessageThroughKillAndNotThroughWipe(t *testing.T) {
-	t.Parallel()
-	s := startRabbitMQ(t)
-	publishConfirmed(t, openChannel(t, s.URL), "kept")
-	s.Kill(t)
-	s.Start(t)
-	ch := openChannel(t, s.URL)
-	if got, ok, err := ch.Get(probeQueue, true); err != nil || !ok || string(got.Body) != "kept" {
-		t.Errorf("after Kill and Start: %q, %v, %v; want the message%s", got.Body, ok, err, s.log())
-	}
-	s.Stop(t)
-	s.Wipe(t)
-	s.Start(t)
-	var refused *amqp.Error
-	if _, err := openChannel(t, s.URL).QueueDeclarePassive(probeQueue, true, false, false, false, nil); !errors.As(err, &refused) || refused.Code != amqp.NotFound {
-		t.Errorf("queue after Wipe: %v, want not found", err)
-	}
-}
-
 func openChannel(t *testing.T, server string) *amqp.Channel {
 	t.Helper()
 	conn, err := amqp.Dial(server)
