@@ -17,13 +17,13 @@ func (s *store) AddUser(ctx context.Context, name, email string) (id int64, err 
 	if errors.Is(err, errNotFound) {
 		err = errEmailTaken
 	}
-	return id, wrap("add user", err)
+	return id, wrap(err, "add user")
 }
 
 // HasUser says whether a user is there.
 func (s *store) HasUser(ctx context.Context, id int64) (bool, error) {
 	known, err := knownUsers(ctx, s, []int64{id})
-	return len(known) > 0, wrap("look for the user", err)
+	return len(known) > 0, wrap(err, "look for the user")
 }
 
 // knownUsers answers those of some ids that are users'.
@@ -93,5 +93,5 @@ WHERE (user_id, key) IN (SELECT user_id, key FROM idempotency_keys WHERE created
 // ForgetIdempotencyKeys deletes those that have expired.
 func (s *store) ForgetIdempotencyKeys(ctx context.Context) error {
 	_, err := s.inBatches(ctx, forgetIdempotencyKeys, s.now().Add(-idempotencyTime))
-	return wrap("forget idempotency keys", err)
+	return wrap(err, "forget idempotency keys")
 }

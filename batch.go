@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
-	"fmt"
 	"slices"
 	"time"
 )
@@ -62,7 +61,7 @@ func (s *store) CreateProducts(ctx context.Context, entries []batchEntry, from o
 		}
 		return recordKeys(ctx, tx, entries, now)
 	})
-	return wrap(fmt.Sprintf("create %d products", len(entries)), err)
+	return wrap(err, "create %d products", len(entries))
 }
 
 // batchRows makes rows of the entries that are wanted, as JSON.

@@ -178,7 +178,7 @@ func (b *redisCache) Ping(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, redisDialTimeout)
 	defer cancel()
-	return wrap("ping redis", conn.Do(ctx, conn.B().Ping().Build()).Error())
+	return wrap(conn.Do(ctx, conn.B().Ping().Build()).Error(), "ping redis")
 }
 
 // answered says that Redis has answered on a connection.

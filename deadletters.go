@@ -74,7 +74,7 @@ func (s *store) DeadLetters(ctx context.Context, f deadFilter, after int64, limi
 		err := r.Scan(deadLetterTargets(&d)...)
 		return d, err
 	})
-	return letters, wrap("list dead letters", err)
+	return letters, wrap(err, "list dead letters")
 }
 
 func (f deadFilter) pageSQL(after int64, limit int) (string, []any) {
@@ -86,7 +86,7 @@ func (f deadFilter) pageSQL(after int64, limit int) (string, []any) {
 // CountDead answers how many dead letters f selects.
 func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) {
 	n, err = s.countImages(ctx, f.where(isDead))
-	return n, wrap("count dead letters", err)
+	return n, wrap(err, "count dead letters")
 }
 
 func (s *store) countImages(ctx context.Context, c conditions) (int, error) {
@@ -103,7 +103,7 @@ const selectAttempts = `SELECT failed_at, duration_ms, code, detail FROM image_a
 func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
 	var d deadLetter
 	if err := queryRow(ctx, s, deadLetterTargets(&d), selectDeadLetter, id); err != nil {
-		return d, wrap(fmt.Sprintf("read dead letter %d", id), err)
+		return d, wrap(err, "read dead letter %d", id)
 	}
 	r, err := s.Query(ctx, selectAttempts, id)
 	d.History, err = collect(r, err, func(r rows) (attempt, error) {
@@ -113,7 +113,7 @@ func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
 		a.Duration = time.Duration(ms) * time.Millisecond
 		return a, err
 	})
-	return d, wrap(fmt.Sprintf("read attempts of image %d", id), err)
+	return d, wrap(err, "read attempts of image %d", id)
 }
 
 const (
@@ -146,7 +146,7 @@ func (s *store) ReplayDead(ctx context.Context, ids []int64, from origin) (repla
 	if err == nil {
 		point("replayed")
 	}
-	return replayed, changed, wrap(fmt.Sprintf("replay %d dead letters", len(ids)), err)
+	return replayed, changed, wrap(err, "replay %d dead letters", len(ids))
 }
 
 // queueAnew runs update, which queues those of the images anew that meet its
@@ -231,7 +231,7 @@ func (s *store) DiscardDead(ctx context.Context, id int64) error {
 	if err == nil && n == 0 {
 		err = errNotFound
 	}
-	return wrap(fmt.Sprintf("discard dead letter %d", id), err)
+	return wrap(err, "discard dead letter %d", id)
 }
 
 // replay queues every dead letter anew that the filter selects, each once, and

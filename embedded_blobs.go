@@ -198,7 +198,7 @@ func (b *fileBlobs) Ping(context.Context) error {
 	if err == nil {
 		err = b.root.Remove(name)
 	}
-	return wrap("write to blob directory", err)
+	return wrap(err, "write to blob directory")
 }
 
 // URL returns where clients get a file.

@@ -36,13 +36,13 @@ const countLoneStart = `UPDATE images SET lone_starts = lone_starts + 1 WHERE id
 // as for PendingImage.
 func (s *store) CountLoneStart(ctx context.Context, id int64) (starts int, err error) {
 	err = changedRow(ctx, s, []any{&starts}, countLoneStart, id)
-	return starts, wrap(fmt.Sprintf("count start of image %d", id), err)
+	return starts, wrap(err, "count start of image %d", id)
 }
 
 // ForgetLoneStarts notes that an image was given back by a worker that lives.
 func (s *store) ForgetLoneStarts(ctx context.Context, id int64) error {
 	_, err := s.Exec(ctx, `UPDATE images SET lone_starts = 0 WHERE id = $1 AND status = 'pending'`, id)
-	return wrap(fmt.Sprintf("forget starts of image %d", id), err)
+	return wrap(err, "forget starts of image %d", id)
 }
 
 const reviveGivenUp = `

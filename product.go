@@ -16,6 +16,14 @@ var (
 	errUnavailable = errors.New("database unavailable")
 )
 
+// wrap says what went wrong, if anything did.
+func wrap(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), err) // a form in which go vet checks the arguments of wrap
+}
+
 // Product is a shop's product. Its version grows with every change, the
 // pipeline's too, and is what ETag, cache and If-Match are made from.
 type Product struct {

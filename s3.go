@@ -146,7 +146,7 @@ func (b *s3Blobs) Put(ctx context.Context, key, contentType string, data []byte)
 		ContentType:  aws.String(contentType),
 		CacheControl: aws.String(blobCacheControl),
 	})
-	return wrap("put blob "+key, err)
+	return wrap(err, "put blob %s", key)
 }
 
 // Delete removes an object. That it is not there is fine.
@@ -158,13 +158,13 @@ func (b *s3Blobs) Delete(ctx context.Context, key string) error {
 	if answer, ok := errors.AsType[smithy.APIError](err); ok && answer.ErrorCode() == "NoSuchKey" { // S3 itself says 204
 		return nil
 	}
-	return wrap("delete blob "+key, err)
+	return wrap(err, "delete blob %s", key)
 }
 
 // Ping reports whether the bucket is there and may be used.
 func (b *s3Blobs) Ping(ctx context.Context) error {
 	_, err := b.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: aws.String(b.bucket)})
-	return wrap("head bucket "+b.bucket, err)
+	return wrap(err, "head bucket %s", b.bucket)
 }
 
 // URL returns where clients get an object.

@@ -219,7 +219,7 @@ ORDER BY i.position`
 // ProductsByID reads the products that there are of some ids.
 func (s *store) ProductsByID(ctx context.Context, ids []int64) ([]Product, error) {
 	products, err := scanProducts(s.Query(ctx, selectProducts, ids))
-	return products, wrap("read products", err)
+	return products, wrap(err, "read products")
 }
 
 const selectProducts = `
@@ -235,7 +235,7 @@ func (s *store) Product(ctx context.Context, id int64) (Product, error) {
 
 func product(ctx context.Context, q querier, id int64) (Product, error) {
 	p, err := only(scanProducts(q.Query(ctx, selectProduct, id)))
-	return p, wrap(fmt.Sprintf("read product %d", id), err)
+	return p, wrap(err, "read product %d", id)
 }
 
 // origin is where a change came from: it goes with the images that it queues,
