@@ -98,6 +98,13 @@ const selectDeadLetter = selectDeadLetters + isDead + ` AND i.id = $1`
 
 const selectAttempts = `SELECT failed_at, duration_ms, code, detail FROM image_attempts WHERE image_id = $1 ORDER BY id`
 
+func scanAttempt(r rows) (a attempt, err error) {
+	var ms int64
+	err = r.Scan(&a.FailedAt, &ms, &a.Code, &a.Detail)
+	a.Duration = time.Duration(ms) * time.Millisecond
+	return a, err
+}
+
 // DeadLetter reads one dead letter with the history of its attempts, or answers
 // errNotFound.
 func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
@@ -105,14 +112,8 @@ func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
 	if err := queryRow(ctx, s, deadLetterTargets(&d), selectDeadLetter, id); err != nil {
 		return d, wrap(err, "read dead letter %d", id)
 	}
-	r, err := s.Query(ctx, selectAttempts, id)
-	d.History, err = collect(r, err, func(r rows) (attempt, error) {
-		var a attempt
-		var ms int64
-		err := r.Scan(&a.FailedAt, &ms, &a.Code, &a.Detail)
-		a.Duration = time.Duration(ms) * time.Millisecond
-		return a, err
-	})
+	var err error
+	d.History, err = query(ctx, s, scanAttempt, selectAttempts, id)
 	return d, wrap(err, "read attempts of image %d", id)
 }
 
@@ -167,7 +168,7 @@ func (s *store) queueAnew(ctx context.Context, ids []int64, from origin, owners,
 			return err
 		}
 		queued = len(updated)
-		changed, err = queryVersions(ctx, tx, raiseVersions, updated, now)
+		changed, err = query(ctx, tx, scanVersion, raiseVersions, updated, now)
 		return err
 	})
 	if err != nil && len(changed) > 0 {
@@ -199,7 +200,7 @@ func (s *store) versionsNow(ctx context.Context, ids ...int64) []productVersion 
 	defer cancel()
 	var now []productVersion
 	err := s.InTx(ctx, func(tx querier) (err error) {
-		now, err = queryVersions(ctx, tx, lockVersions, ids)
+		now, err = query(ctx, tx, scanVersion, lockVersions, ids)
 		return err
 	})
 	if err != nil {
@@ -213,15 +214,14 @@ func (s *store) versionsNow(ctx context.Context, ids ...int64) []productVersion 
 	return now
 }
 
-func queryVersions(ctx context.Context, q querier, sql string, args ...any) ([]productVersion, error) {
-	r, err := q.Query(ctx, sql, args...)
-	return collect(r, err, func(r rows) (v productVersion, err error) { err = r.Scan(&v.ID, &v.Version); return v, err })
+func scanVersion(r rows) (v productVersion, err error) {
+	err = r.Scan(&v.ID, &v.Version)
+	return v, err
 }
 
 // queryIDs runs SQL whose result is a column of ids.
 func queryIDs(ctx context.Context, q querier, sql string, args ...any) ([]int64, error) {
-	r, err := q.Query(ctx, sql, args...)
-	return collect(r, err, scanOne[int64])
+	return query(ctx, q, scanOne[int64], sql, args...)
 }
 
 // DiscardDead gives a dead letter up for good: its image stays failed, but waits

@@ -177,8 +177,7 @@ func (s *store) deadBefore(ctx context.Context, t time.Time) iter.Seq2[Job, erro
 	const page = 1000
 	return func(yield func(Job, error) bool) {
 		for after := int64(0); ; {
-			r, err := s.Query(ctx, selectDeadBefore, t, after, page)
-			jobs, err := collect(r, err, scanJob)
+			jobs, err := query(ctx, s, scanJob, selectDeadBefore, t, after, page)
 			if err != nil {
 				yield(Job{}, fmt.Errorf("read dead letters: %w", err))
 				return

@@ -71,8 +71,7 @@ const selectEvents = `SELECT ` + eventColumns + ` FROM settled_events WHERE (tx,
 // EventsAfter reads what comes after a place, in order. Nothing is ever put
 // before what it has answered.
 func (s *store) EventsAfter(ctx context.Context, after place, limit int) ([]event, error) {
-	r, err := s.Query(ctx, selectEvents, after.Tx, after.ID, limit)
-	events, err := collect(r, err, scanEvent)
+	events, err := query(ctx, s, scanEvent, selectEvents, after.Tx, after.ID, limit)
 	return events, wrap(err, "read events")
 }
 
@@ -129,8 +128,7 @@ ORDER BY id LIMIT $5`
 // ProductEvents reads what has happened to a product after a place, up to the
 // event with the id to, which is one of the product's.
 func (s *store) ProductEvents(ctx context.Context, productID int64, after place, to int64, limit int) ([]event, error) {
-	r, err := s.Query(ctx, selectProductEvents, productID, after.Tx, after.ID, to, limit)
-	events, err := collect(r, err, scanEvent)
+	events, err := query(ctx, s, scanEvent, selectProductEvents, productID, after.Tx, after.ID, to, limit)
 	return events, wrap(err, "read events of product %d", productID)
 }
 

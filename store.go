@@ -104,6 +104,12 @@ func queryRow(ctx context.Context, q querier, dest []any, sql string, args ...an
 	return r.Err()
 }
 
+// query scans every row of a result.
+func query[T any](ctx context.Context, q querier, scan func(rows) (T, error), sql string, args ...any) ([]T, error) {
+	r, err := q.Query(ctx, sql, args...)
+	return collect(r, err, scan)
+}
+
 // collect scans every row of a result. Of one that ended in an error nothing is
 // answered: nobody must take a part for the whole.
 func collect[T any](r rows, err error, scan func(rows) (T, error)) ([]T, error) {
@@ -145,17 +151,10 @@ func only[T any](all []T, err error) (one T, _ error) {
 // changed runs an UPDATE in a transaction of its own and scans what it returns.
 func changed[T any](ctx context.Context, s *store, scan func(rows) (T, error), sql string, args ...any) (all []T, err error) {
 	err = s.InTx(ctx, func(tx querier) error {
-		r, err := tx.Query(ctx, sql, args...)
-		all, err = collect(r, err, scan)
+		all, err = query(ctx, tx, scan, sql, args...)
 		return err
 	})
 	return all, err
-}
-
-// changedRow runs an UPDATE in a transaction of its own and scans the row that it
-// returns into dest, or answers errNotFound.
-func changedRow(ctx context.Context, s *store, dest []any, sql string, args ...any) error {
-	return s.InTx(ctx, func(tx querier) error { return queryRow(ctx, tx, dest, sql, args...) })
 }
 
 // productColumns are those of a product p joined with one of its images i, if
@@ -305,12 +304,11 @@ func insertImages(ctx context.Context, tx querier, p Product, images []Image, fr
 		args = append(args, image.Position, image.Source, host, port)
 	}
 	sql.WriteString(` RETURNING id, position`)
-	r, err := tx.Query(ctx, sql.String(), args...)
-	ids, err := collect(r, err, func(r rows) (Image, error) {
-		var i Image
-		err := r.Scan(&i.ID, &i.Position)
+	scan := func(r rows) (i Image, err error) {
+		err = r.Scan(&i.ID, &i.Position)
 		return i, err
-	})
+	}
+	ids, err := query(ctx, tx, scan, sql.String(), args...)
 	if err != nil {
 		return err
 	}

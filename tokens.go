@@ -108,14 +108,14 @@ SELECT t.id, t.user_id, u.name, t.admin, t.created_at, t.last_used_at
 FROM tokens t JOIN users u ON u.id = t.user_id
 ORDER BY t.id`
 
+func scanToken(r rows) (t apiToken, err error) {
+	err = r.Scan(&t.ID, &t.UserID, &t.UserName, &t.Admin, &t.CreatedAt, &t.LastUsed)
+	return t, err
+}
+
 // Tokens answers what is known of every token.
 func (s *store) Tokens(ctx context.Context) ([]apiToken, error) {
-	r, err := s.Query(ctx, selectTokens)
-	tokens, err := collect(r, err, func(r rows) (apiToken, error) {
-		var t apiToken
-		err := r.Scan(&t.ID, &t.UserID, &t.UserName, &t.Admin, &t.CreatedAt, &t.LastUsed)
-		return t, err
-	})
+	tokens, err := query(ctx, s, scanToken, selectTokens)
 	return tokens, wrap(err, "list tokens")
 }
 

@@ -143,15 +143,13 @@ func (s *store) Webhooks(ctx context.Context, userID *int64) ([]webhook, error) 
 	if userID != nil {
 		sql, args = selectUserWebhooks, []any{*userID}
 	}
-	r, err := s.Query(ctx, sql, args...)
-	hooks, err := collect(r, err, scanWebhook)
+	hooks, err := query(ctx, s, scanWebhook, sql, args...)
 	return hooks, wrap(err, "list webhooks")
 }
 
 // Webhook reads one, or answers errNotFound.
 func (s *store) Webhook(ctx context.Context, id int64) (webhook, error) {
-	r, err := s.Query(ctx, selectWebhook, id)
-	hook, err := only(collect(r, err, scanWebhook))
+	hook, err := only(query(ctx, s, scanWebhook, selectWebhook, id))
 	return hook, wrap(err, "read webhook %d", id)
 }
 
@@ -159,13 +157,14 @@ const selectFailedDeliveries = `
 SELECT event_id, product_id, attempts, failed_at, error_code, error_detail FROM deliveries
 WHERE webhook_id = $1 AND run_at IS NULL ORDER BY id DESC LIMIT $2`
 
+func scanFailedDelivery(r rows) (f failedDelivery, err error) {
+	err = r.Scan(&f.EventID, &f.ProductID, &f.Attempts, &f.FailedAt, &f.Code, &f.Detail)
+	return f, err
+}
+
 // FailedDeliveries reads the latest of those that were given up.
 func (s *store) FailedDeliveries(ctx context.Context, webhookID int64, limit int) ([]failedDelivery, error) {
-	r, err := s.Query(ctx, selectFailedDeliveries, webhookID, limit)
-	failed, err := collect(r, err, func(r rows) (f failedDelivery, err error) {
-		err = r.Scan(&f.EventID, &f.ProductID, &f.Attempts, &f.FailedAt, &f.Code, &f.Detail)
-		return f, err
-	})
+	failed, err := query(ctx, s, scanFailedDelivery, selectFailedDeliveries, webhookID, limit)
 	return failed, wrap(err, "read failed deliveries of webhook %d", webhookID)
 }
 
@@ -259,13 +258,14 @@ func (s *store) MakeDeliveries(ctx context.Context, limit int, body func(event) 
 	return more, wrap(err, "make deliveries")
 }
 
+func scanFollower(r rows) (f follower, err error) {
+	err = r.Scan(&f.ID, &f.UserID, &f.Seen.Tx, &f.Seen.ID)
+	return f, err
+}
+
 // lockedFollowers are those that no other process is at, by their places.
 func lockedFollowers(ctx context.Context, tx querier) (map[place][]follower, error) {
-	r, err := tx.Query(ctx, lockWebhooks)
-	followers, err := collect(r, err, func(r rows) (f follower, err error) {
-		err = r.Scan(&f.ID, &f.UserID, &f.Seen.Tx, &f.Seen.ID)
-		return f, err
-	})
+	followers, err := query(ctx, tx, scanFollower, lockWebhooks)
 	places := make(map[place][]follower)
 	for _, f := range followers {
 		places[f.Seen] = append(places[f.Seen], f)
@@ -276,8 +276,7 @@ func lockedFollowers(ctx context.Context, tx querier) (map[place][]follower, err
 // deliverPage makes the deliveries of a page of events for all who stand at one place,
 // and answers how many events it had.
 func deliverPage(ctx context.Context, tx querier, from place, followers []follower, limit int, body func(event) []byte, now time.Time) (int, error) {
-	r, err := tx.Query(ctx, selectEvents, from.Tx, from.ID, limit)
-	events, err := collect(r, err, scanEvent)
+	events, err := query(ctx, tx, scanEvent, selectEvents, from.Tx, from.ID, limit)
 	if err != nil || len(events) == 0 {
 		return 0, err
 	}
@@ -345,12 +344,12 @@ func (s *store) ClaimDeliveries(ctx context.Context, webhookID, claim int64, lim
 			return err
 		}
 		now := s.now()
-		r, err := tx.Query(ctx, claimDeliveries, webhookID, now, now.Add(deliveryLease), claim, limit)
-		claimed, err = collect(r, err, func(r rows) (delivery, error) {
+		scan := func(r rows) (delivery, error) {
 			d := delivery{claim: claim}
 			err := r.Scan(&d.ID, &d.EventID, &d.ProductID, &d.Body, &d.Attempts, &d.RequestID, &d.Traceparent)
 			return d, err
-		})
+		}
+		claimed, err = query(ctx, tx, scan, claimDeliveries, webhookID, now, now.Add(deliveryLease), claim, limit)
 		return err
 	})
 	return to, claimed, wrap(err, "claim deliveries of webhook %d", webhookID)
