@@ -275,7 +275,8 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 		if err != nil {
 			return err
 		}
-		if err := insertImages(ctx, tx, p, p.Images, from, now); err != nil {
+		p.Images, _, _ = matchImages(nil, p.Images) // all new, and the caller's slice stays as it is
+		if err := insertImages(ctx, tx, p, from, now); err != nil {
 			return err
 		}
 		return once.record(ctx, tx, p)
@@ -287,39 +288,35 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 	return p, nil
 }
 
-// insertImages queues new images of a product, due at once, and sets their ids.
-func insertImages(ctx context.Context, tx querier, p Product, images []Image, from origin, now time.Time) error {
-	if len(images) == 0 {
-		return nil
-	}
-	sql := strings.Builder{}
-	sql.WriteString(`INSERT INTO images (product_id, user_id, run_at, request_id, traceparent, position, source, host, port) VALUES `)
+// insertImages queues those of a product's images that are new, due at once, and
+// sets their ids.
+func insertImages(ctx context.Context, tx querier, p Product, from origin, now time.Time) error {
+	var values []string
 	args := []any{p.ID, p.UserID, now, from.RequestID, from.Traceparent}
-	for n, image := range images {
-		if n > 0 {
-			sql.WriteByte(',')
+	for _, image := range p.Images {
+		if image.ID != 0 {
+			continue
 		}
 		host, port := sourceHost(image.Source)
-		fmt.Fprintf(&sql, "($1,$2,$3,$4,$5,$%d,$%d,$%d,$%d)", len(args)+1, len(args)+2, len(args)+3, len(args)+4)
+		n := len(args)
+		values = append(values, fmt.Sprintf("($1,$2,$3,$4,$5,$%d,$%d,$%d,$%d)", n+1, n+2, n+3, n+4))
 		args = append(args, image.Position, image.Source, host, port)
 	}
-	sql.WriteString(` RETURNING id, position`)
-	scan := func(r rows) (i Image, err error) {
-		err = r.Scan(&i.ID, &i.Position)
-		return i, err
+	if values == nil {
+		return nil
 	}
-	ids, err := query(ctx, tx, scan, sql.String(), args...)
-	if err != nil {
-		return err
+	sql := `INSERT INTO images (product_id, user_id, run_at, request_id, traceparent, position, source, host, port) VALUES ` +
+		strings.Join(values, ",") + ` RETURNING id, position`
+	inserted, err := query(ctx, tx, scanInserted, sql, args...)
+	for _, image := range inserted {
+		p.Images[image.Position].ID, p.Images[image.Position].Status = image.ID, imagePending
 	}
-	for _, inserted := range ids {
-		for n := range images {
-			if images[n].Position == inserted.Position {
-				images[n].ID, images[n].Status = inserted.ID, imagePending
-			}
-		}
-	}
-	return nil
+	return err
+}
+
+func scanInserted(r rows) (i Image, err error) {
+	err = r.Scan(&i.ID, &i.Position)
+	return i, err
 }
 
 const lockProduct = `SELECT version FROM products WHERE id = $1 FOR UPDATE`
@@ -347,10 +344,10 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		}
 		p = before
 		change(&p)
-		kept, added, dropped := matchImages(before.Images, p.Images)
-		moved := movedImages(before.Images, kept)
+		images, moved, dropped := matchImages(before.Images, p.Images)
+		p.Images = images
 		if p.Name == before.Name && p.Description == before.Description && p.Price == before.Price &&
-			len(added) == 0 && len(dropped) == 0 && len(moved) == 0 {
+			len(images) == len(before.Images) && len(moved) == 0 && len(dropped) == 0 {
 			p = before
 			return nil
 		}
@@ -369,11 +366,7 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		if err := moveImages(ctx, tx, moved); err != nil {
 			return err
 		}
-		if err := insertImages(ctx, tx, p, added, from, p.UpdatedAt); err != nil {
-			return err
-		}
-		p.Images = inOrder(kept, added)
-		return nil
+		return insertImages(ctx, tx, p, from, p.UpdatedAt)
 	})
 	if err != nil {
 		return Product{}, fmt.Errorf("update product %d: %w", id, err)
@@ -392,45 +385,25 @@ func lockedProduct(ctx context.Context, tx querier, id int64) (Product, error) {
 	return product(ctx, tx, id)
 }
 
-// matchImages pairs the images that a product has with those that it is to
-// have, by source and in order: a source that stands twice is matched twice.
-// kept are the old images at their new positions.
-func matchImages(have, want []Image) (kept, added, dropped []Image) {
-	bySource := make(map[string][]Image)
-	for _, image := range have {
-		bySource[image.Source] = append(bySource[image.Source], image)
-	}
-	for position, image := range want {
-		if same := bySource[image.Source]; len(same) > 0 {
-			bySource[image.Source] = same[1:]
-			same[0].Position = position
-			kept = append(kept, same[0])
-		} else {
-			added = append(added, Image{Position: position, Source: image.Source})
+// matchImages is want with what is known of each source; what is new has no id. A
+// source that stands twice is matched twice, in order. moved are those that have got
+// another position, dropped is what is left over.
+func matchImages(have, want []Image) (images, moved, dropped []Image) {
+	dropped = slices.Clone(have)
+	for position, wanted := range want {
+		image := Image{Position: position, Source: wanted.Source}
+		at := slices.IndexFunc(dropped, func(i Image) bool { return i.Source == wanted.Source })
+		if at >= 0 {
+			image = dropped[at]
+			dropped = slices.Delete(dropped, at, at+1)
 		}
-	}
-	for _, image := range have {
-		for _, left := range bySource[image.Source] {
-			if left.ID == image.ID {
-				dropped = append(dropped, image)
-			}
-		}
-	}
-	return kept, added, dropped
-}
-
-// movedImages are the kept images that stand elsewhere than before.
-func movedImages(before, kept []Image) (moved []Image) {
-	position := make(map[int64]int)
-	for _, image := range before {
-		position[image.ID] = image.Position
-	}
-	for _, image := range kept {
-		if position[image.ID] != image.Position {
+		if image.Position != position {
+			image.Position = position
 			moved = append(moved, image)
 		}
+		images = append(images, image)
 	}
-	return moved
+	return images, moved, dropped
 }
 
 func moveImages(ctx context.Context, tx querier, moved []Image) error {
@@ -440,18 +413,6 @@ func moveImages(ctx context.Context, tx querier, moved []Image) error {
 		}
 	}
 	return nil
-}
-
-// inOrder puts a product's images back into one list by position.
-func inOrder(kept, added []Image) []Image {
-	all := make([]Image, len(kept)+len(added))
-	for _, image := range kept {
-		all[image.Position] = image
-	}
-	for _, image := range added {
-		all[image.Position] = image
-	}
-	return all
 }
 
 // lockImages locks a product's images in the order in which all lock them, those
