@@ -64,8 +64,8 @@ func readHost(v string) (host string, port int, err error) {
 	if ip := net.ParseIP(v); ip != nil {
 		return hostName(v), 0, nil // IPv6 without brackets too
 	}
-	u, problem := parseURL("http://" + v)
-	if problem != "" || u.Host != v {
+	u, err := parseURL("http://" + v)
+	if err != nil || u.Host != v {
 		return "", 0, errors.New("must be the host of a URL, with a port or without")
 	}
 	port, _ = strconv.Atoi(u.Port()) // "" is any

@@ -245,9 +245,9 @@ func webhookID(eventID int64) string { return "evt_" + strconv.FormatInt(eventID
 // as Fetch's are. Any answer of 2xx is good; a redirect is not followed. Errors
 // are as those of Fetch.
 func (f *fetcher) Post(ctx context.Context, url string, header http.Header, body []byte) error {
-	u, problem := parseURL(url)
-	if problem != "" {
-		return permanent("bad_url", "the URL %s", problem)
+	u, err := parseURL(url)
+	if err != nil {
+		return permanent("bad_url", "the URL %v", err)
 	}
 	timed, cancel := context.WithTimeout(ctx, f.limits.Timeout)
 	defer cancel()
