@@ -97,17 +97,13 @@ func (b *fileBlobs) clearTemp() error {
 func (b *fileBlobs) Close() error { return b.root.Close() }
 
 // Put stores a file. When it returns the file is complete and on the disk; until
-// then there is nothing under its key, or what was there before. The content
-// type follows from the extension.
-func (b *fileBlobs) Put(ctx context.Context, key, contentType string, data []byte) error {
+// then there is nothing under its key, or what was there before.
+func (b *fileBlobs) Put(ctx context.Context, key string, data []byte) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("put blob %s: %w", key, err)
 	}
-	if !isFileKey(key) {
+	if !isFileKey(key) || mediaType(key) == "" {
 		return fmt.Errorf("put blob %s: %w", key, fs.ErrInvalid)
-	}
-	if mediaType(key) == "" || mediaType(key) != contentType {
-		return fmt.Errorf("put blob %s: %s does not fit the extension", key, contentType)
 	}
 	temp, err := b.writeTemp(data)
 	if err != nil {

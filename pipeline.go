@@ -23,8 +23,9 @@ type consumer interface {
 
 // blobs keeps the compressed images.
 type blobs interface {
-	// Put stores an object; storing the same once more changes nothing.
-	Put(ctx context.Context, key, contentType string, data []byte) error
+	// Put stores an object, of the type that its key ends in; storing the same once
+	// more changes nothing.
+	Put(ctx context.Context, key string, data []byte) error
 	// Delete deletes an object; that there is none is no error.
 	Delete(ctx context.Context, key string) error
 }
@@ -363,7 +364,7 @@ func (p *pipeline) tryToStore(ctx context.Context, w *work) error {
 	}
 	point("object reserved")
 	for n, out := range w.outputs {
-		if err := p.blobs.Put(ctx, keys[n], out.ContentType, out.Data); err != nil {
+		if err := p.blobs.Put(ctx, keys[n], out.Data); err != nil {
 			return err
 		}
 		point("object stored")

@@ -138,12 +138,12 @@ func bucketURL(ctx context.Context, o s3.Options, bucket string) (string, error)
 
 // Put stores an object. It is handed to the SDK as something that can be read
 // again, for the retries, the signature and the checksum.
-func (b *s3Blobs) Put(ctx context.Context, key, contentType string, data []byte) error {
+func (b *s3Blobs) Put(ctx context.Context, key string, data []byte) error {
 	_, err := b.client.PutObject(ctx, &s3.PutObjectInput{
 		Bucket:       aws.String(b.bucket),
 		Key:          aws.String(key),
 		Body:         bytes.NewReader(data),
-		ContentType:  aws.String(contentType),
+		ContentType:  aws.String(mediaType(key)),
 		CacheControl: aws.String(blobCacheControl),
 	})
 	return wrap(err, "put blob %s", key)
