@@ -536,7 +536,8 @@ const (
 // outages are not the image's fault and cost it no attempt. It gives up when ctx
 // ends, and at once when the image is no longer wanted or is to be put off.
 func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error {
-	for delay := minPersistDelay; ; delay = min(2*delay, maxPersistDelay) {
+	pace := retryPace{least: minPersistDelay, most: maxPersistDelay}
+	for {
 		err := do()
 		if err == nil || errors.Is(err, errNotFound) || errors.Is(err, errPutOff) {
 			return err
@@ -544,6 +545,7 @@ func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error 
 		if ctx.Err() != nil {
 			return fmt.Errorf("%w: %w", ctx.Err(), err)
 		}
+		delay := pace.next()
 		w.log.Warn("waiting for the database or the storage", "retry_in", delay, "err", err)
 		_ = sleep(ctx, delay)
 	}

@@ -204,12 +204,13 @@ var (
 func (d *deliverer) settle(log *slog.Logger, do func(context.Context) error) {
 	ctx, cancel := context.WithTimeout(context.Background(), deliveryLease-webhookTimeout)
 	defer cancel()
-	for delay := minPersistDelay; ; delay = min(2*delay, maxPersistDelay) {
+	pace := retryPace{least: minPersistDelay, most: maxPersistDelay}
+	for {
 		err := do(ctx)
 		if err == nil {
 			return
 		}
-		if sleep(ctx, delay) != nil {
+		if sleep(ctx, pace.next()) != nil {
 			log.Warn("delivery not settled, it will be sent again", "err", err)
 			return
 		}
