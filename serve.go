@@ -332,7 +332,8 @@ const migrateInterval = time.Second
 // migrate brings the database to this program's schema as soon as it can be
 // reached. An error that waiting does not mend ends the program.
 func (a *app) migrate(ctx context.Context) error {
-	for said := false; ; said = true {
+	health := healthLog{log: a.log}
+	for {
 		err := a.store.Migrate(ctx)
 		if err == nil {
 			close(a.migrated)
@@ -344,9 +345,7 @@ func (a *app) migrate(ctx context.Context) error {
 		if !errors.Is(err, errUnavailable) {
 			return fmt.Errorf("prepare the database: %w", err)
 		}
-		if !said {
-			a.log.Warn("database is away, retrying", "err", err)
-		}
+		health.fault("away", "database is away, retrying", err)
 		_ = sleep(ctx, migrateInterval)
 	}
 }
