@@ -114,7 +114,6 @@ func (p *program) importFile(ctx context.Context, db *store, o importOptions, in
 		await:  func() {},
 		flush:  out.Flush,
 		stored: func(id int64) { invalidate(id, 1) },
-		wake:   func() {},
 		from:   commandOrigin(),
 		key:    o.key,
 	}
