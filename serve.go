@@ -109,11 +109,10 @@ func (a *app) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.openQueue()
-	blobsPing, err := a.openBlobs(ctx)
-	if err != nil {
+	a.parts = []part{{"store", true, a.store.Ping}, {"queue", false, a.queue.Ping}}
+	if err := a.openBlobs(ctx); err != nil {
 		return err
 	}
-	a.parts = []part{{"store", true, a.store.Ping}, {"queue", false, a.queue.Ping}, {"blobs", false, blobsPing}}
 	if err := a.openReader(); err != nil {
 		return err
 	}
@@ -176,14 +175,15 @@ func (a *app) openQueue() {
 	}
 }
 
-func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, err error) {
+func (a *app) openBlobs(ctx context.Context) error {
 	if a.S3Bucket != "" {
 		s3, err := newS3Blobs(ctx, a.S3Bucket, a.S3PublicURL, a.getenv)
 		if err != nil {
-			return nil, usageError{fmt.Errorf("open S3: %w", err)} // it asks no server yet
+			return usageError{fmt.Errorf("open S3: %w", err)} // it asks no server yet
 		}
 		a.blobs, a.encoder = s3, encoder{s3.URL}
-		return s3.Ping, nil
+		a.parts = append(a.parts, part{"blobs", false, s3.Ping})
+		return nil
 	}
 	base := a.PublicURL
 	if base == "" && a.name != "worker" {
@@ -191,10 +191,11 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 	}
 	files, err := newFileBlobs(filepath.Join(a.DataDir, "media"), base)
 	if err != nil {
-		return nil, fmt.Errorf("open the images in %s: %w", a.DataDir, err)
+		return fmt.Errorf("open the images in %s: %w", a.DataDir, err)
 	}
 	a.blobs, a.encoder, a.media = files, encoder{files.URL}, files
-	return files.Ping, nil
+	a.parts = append(a.parts, part{"blobs", false, files.Ping})
+	return nil
 }
 
 // openReader makes what reads products, with the cache that the settings name, if
