@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -516,14 +515,6 @@ func (s imageSettings) failed(why *imageError, attempt int, now time.Time) failu
 		f.RetryAt = now.Add(max(backoff(s.RetryBase, attempt), why.RetryAfter))
 	}
 	return f
-}
-
-// backoff is how long to wait after the given number of failed tries: a random
-// time up to base doubled with each ("full jitter", AWS Architecture Blog,
-// "Exponential Backoff And Jitter").
-func backoff(base time.Duration, tries int) time.Duration {
-	// Doubled 20 times the shortest base reaches the limit, and the longest fits.
-	return rand.N(min(base<<min(tries-1, 20), maxRetryDelay) + 1)
 }
 
 // The wait between the tries of a step that fails through our own parts.

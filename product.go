@@ -8,7 +8,7 @@ import (
 )
 
 // The errors of the store, which every other part tests for with errors.Is.
-// Driver errors become one of these in store.go and embedded.go and nowhere else.
+// Driver errors become one of these in postgres.go and embedded.go and nowhere else.
 var (
 	errNotFound    = errors.New("not found")
 	errUnknownUser = errors.New("unknown user")

@@ -209,11 +209,11 @@ func scanProducts(r rows, err error) ([]Product, error) {
 	return products, nil
 }
 
-const selectProduct = `
+const selectProducts = `
 SELECT ` + productColumns + `
 FROM products p LEFT JOIN images i ON i.product_id = p.id
-WHERE p.id = $1
-ORDER BY i.position`
+WHERE p.id = ANY($1)
+ORDER BY p.id, i.position`
 
 // ProductsByID reads the products that there are of some ids.
 func (s *store) ProductsByID(ctx context.Context, ids []int64) ([]Product, error) {
@@ -221,11 +221,11 @@ func (s *store) ProductsByID(ctx context.Context, ids []int64) ([]Product, error
 	return products, wrap(err, "read products")
 }
 
-const selectProducts = `
+const selectProduct = `
 SELECT ` + productColumns + `
 FROM products p LEFT JOIN images i ON i.product_id = p.id
-WHERE p.id = ANY($1)
-ORDER BY p.id, i.position`
+WHERE p.id = $1
+ORDER BY i.position`
 
 // Product reads one product.
 func (s *store) Product(ctx context.Context, id int64) (Product, error) {
