@@ -69,7 +69,7 @@ func newS3Blobs(ctx context.Context, bucket, publicURL string, getenv func(strin
 	}
 	client := s3.NewFromConfig(cfg, func(o *s3.Options) {
 		if endpoint != "" {
-			o.BaseEndpoint = aws.String(endpoint)
+			o.BaseEndpoint = new(endpoint)
 		}
 		o.UsePathStyle = o.BaseEndpoint != nil
 		if o.Region == "" && o.BaseEndpoint != nil {
@@ -125,10 +125,10 @@ func bucketURL(ctx context.Context, o s3.Options, bucket string) (string, error)
 		return "", errors.New("AWS_REGION is not set")
 	}
 	endpoint, err := o.EndpointResolverV2.ResolveEndpoint(ctx, s3.EndpointParameters{
-		Bucket:         aws.String(bucket),
-		Region:         aws.String(o.Region),
+		Bucket:         new(bucket),
+		Region:         new(o.Region),
 		Endpoint:       o.BaseEndpoint,
-		ForcePathStyle: aws.Bool(o.UsePathStyle),
+		ForcePathStyle: new(o.UsePathStyle),
 	})
 	if err != nil {
 		return "", fmt.Errorf("resolve url of bucket %s: %w", bucket, err)
@@ -140,11 +140,11 @@ func bucketURL(ctx context.Context, o s3.Options, bucket string) (string, error)
 // again, for the retries, the signature and the checksum.
 func (b *s3Blobs) Put(ctx context.Context, key string, data []byte) error {
 	_, err := b.client.PutObject(ctx, &s3.PutObjectInput{
-		Bucket:       aws.String(b.bucket),
-		Key:          aws.String(key),
+		Bucket:       new(b.bucket),
+		Key:          new(key),
 		Body:         bytes.NewReader(data),
-		ContentType:  aws.String(mediaType(key)),
-		CacheControl: aws.String(blobCacheControl),
+		ContentType:  new(mediaType(key)),
+		CacheControl: new(blobCacheControl),
 	})
 	return wrap(err, "put blob %s", key)
 }
@@ -152,8 +152,8 @@ func (b *s3Blobs) Put(ctx context.Context, key string, data []byte) error {
 // Delete removes an object. That it is not there is fine.
 func (b *s3Blobs) Delete(ctx context.Context, key string) error {
 	_, err := b.client.DeleteObject(ctx, &s3.DeleteObjectInput{
-		Bucket: aws.String(b.bucket),
-		Key:    aws.String(key),
+		Bucket: new(b.bucket),
+		Key:    new(key),
 	})
 	if answer, ok := errors.AsType[smithy.APIError](err); ok && answer.ErrorCode() == "NoSuchKey" { // S3 itself says 204
 		return nil
@@ -163,7 +163,7 @@ func (b *s3Blobs) Delete(ctx context.Context, key string) error {
 
 // Ping reports whether the bucket is there and may be used.
 func (b *s3Blobs) Ping(ctx context.Context) error {
-	_, err := b.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: aws.String(b.bucket)})
+	_, err := b.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: new(b.bucket)})
 	return wrap(err, "head bucket %s", b.bucket)
 }
 

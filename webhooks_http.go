@@ -103,8 +103,7 @@ func (in *bodyFields) webhook() (hook webhook) {
 		hook.Secret = newWebhookSecret()
 	}
 	if _, null, ok := in.setting("user_id", false); ok && !null {
-		id := in.userID()
-		hook.UserID = &id
+		hook.UserID = new(in.userID())
 	}
 	return hook
 }
