@@ -245,15 +245,15 @@ func replay(ctx context.Context, db *store, f deadFilter, from origin, rate int,
 		}
 		return ids, err
 	}
-	return inBatches(ctx, rate, page, func(ids []int64) (int, error) { return replayAndTell(ctx, db, ids, from, invalidate) })
+	return eachPage(ctx, rate, page, func(ids []int64) (int, error) { return replayAndTell(ctx, db, ids, from, invalidate) })
 }
 
 // queueBatch is how many images one transaction queues anew.
 const queueBatch = 500
 
-// inBatches does what page lists, by id after a given one, and answers how much
+// eachPage does what page lists, by id after a given one, and answers how much
 // was done, also with an error. rate bounds it, a second; 0 is no limit.
-func inBatches(ctx context.Context, rate int, page func(after int64, limit int) ([]int64, error), do func(ids []int64) (int, error)) (done int, err error) {
+func eachPage(ctx context.Context, rate int, page func(after int64, limit int) ([]int64, error), do func(ids []int64) (int, error)) (done int, err error) {
 	batch := queueBatch
 	if rate > 0 {
 		batch = 1

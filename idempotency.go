@@ -22,9 +22,9 @@ type idempotency struct {
 	Answer      []byte
 }
 
-// replay claims the key, or finds the answer given before. Of two transactions
+// claim claims the key, or finds the answer given before. Of two transactions
 // at once the second waits here until the first is over.
-func (i *idempotency) replay(ctx context.Context, tx querier, user int64, now time.Time) (done bool, err error) {
+func (i *idempotency) claim(ctx context.Context, tx querier, user int64, now time.Time) (done bool, err error) {
 	if i == nil {
 		return false, nil
 	}
@@ -50,7 +50,7 @@ VALUES ($1, $2, $3, '', 0, $4) ON CONFLICT (user_id, key) DO NOTHING`, user, i.K
 	return true, err
 }
 
-// record keeps the answer with the key that replay claimed.
+// record keeps the answer with the key that was claimed.
 func (i *idempotency) record(ctx context.Context, tx querier, p Product) error {
 	if i == nil {
 		return nil

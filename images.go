@@ -48,7 +48,7 @@ const refusedDelay = time.Second
 func (s *store) DispatchDue(ctx context.Context, limit int, publish func(context.Context, []Job) ([]Job, error)) (int, error) {
 	now, claim := s.now(), rand.Int64()
 	lease := now.Add(leaseTime)
-	jobs, err := changed(ctx, s, scanJob, claimDue, now, lease, claim, limit)
+	jobs, err := updateReturning(ctx, s, scanJob, claimDue, now, lease, claim, limit)
 	if err != nil || len(jobs) == 0 {
 		return 0, wrap(err, "claim due images")
 	}
@@ -395,7 +395,7 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 	defer cancel()
 	now := s.now()
 	until := now.Add(deletingTime)
-	keys, err := changed(ctx, s, scanOne[string], claimGarbage, now, until, limit)
+	keys, err := updateReturning(ctx, s, scanOne[string], claimGarbage, now, until, limit)
 	if err != nil || len(keys) == 0 {
 		return 0, wrap(err, "claim garbage")
 	}

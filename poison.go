@@ -35,7 +35,7 @@ const countLoneStart = `UPDATE images SET lone_starts = lone_starts + 1 WHERE id
 // else in hand if it is a suspect, and answers how many such starts in a row that makes. errNotFound
 // as for PendingImage.
 func (s *store) CountLoneStart(ctx context.Context, id int64) (int, error) {
-	starts, err := only(changed(ctx, s, scanOne[int], countLoneStart, id))
+	starts, err := only(updateReturning(ctx, s, scanOne[int], countLoneStart, id))
 	return starts, wrap(err, "count start of image %d", id)
 }
 

@@ -91,7 +91,7 @@ func (s *store) ReprocessProduct(ctx context.Context, id int64, from origin, all
 // does with dead letters.
 func reprocess(ctx context.Context, db *store, f madeFilter, from origin, rate int, invalidate func(id, version int64)) (queued int, err error) {
 	page := func(after int64, limit int) ([]int64, error) { return db.MadeImages(ctx, f, after, limit) }
-	return inBatches(ctx, rate, page, func(ids []int64) (int, error) {
+	return eachPage(ctx, rate, page, func(ids []int64) (int, error) {
 		n, changed, err := db.Reprocess(ctx, ids, from)
 		tell(changed, invalidate)
 		return n, err

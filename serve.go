@@ -411,20 +411,20 @@ func newWebServer(handler http.Handler, log *slog.Logger) *http.Server {
 // within the grace period.
 func (a *app) serveHTTP(ctx context.Context) error {
 	s := &server{
-		store:      a.store,
-		products:   a.reader,
-		encoder:    a.encoder,
-		wake:       a.dispatcher.Wake,
-		invalidate: a.changed,
-		replayed:   a.deadChanged,
-		parts:      a.parts,
-		console:    newConsole(),
-		monitor:    a.monitor,
-		feed:       a.feed,
-		authOn:     a.Auth,
-		patience:   bulkPatience,
-		log:        a.log,
-		stopping:   make(chan struct{}),
+		store:       a.store,
+		products:    a.reader,
+		encoder:     a.encoder,
+		wake:        a.dispatcher.Wake,
+		invalidate:  a.changed,
+		deadChanged: a.deadChanged,
+		parts:       a.parts,
+		console:     newConsole(),
+		monitor:     a.monitor,
+		feed:        a.feed,
+		authOn:      a.Auth,
+		patience:    bulkPatience,
+		log:         a.log,
+		stopping:    make(chan struct{}),
 	}
 	s.limits.set(a.Limits)
 	if a.media != nil {

@@ -148,8 +148,8 @@ func only[T any](all []T, err error) (one T, _ error) {
 	return all[0], nil
 }
 
-// changed runs an UPDATE in a transaction of its own and scans what it returns.
-func changed[T any](ctx context.Context, s *store, scan func(rows) (T, error), sql string, args ...any) (all []T, err error) {
+// updateReturning runs an UPDATE in a transaction of its own and scans what it returns.
+func updateReturning[T any](ctx context.Context, s *store, scan func(rows) (T, error), sql string, args ...any) (all []T, err error) {
 	err = s.InTx(ctx, func(tx querier) error {
 		all, err = query(ctx, tx, scan, sql, args...)
 		return err
@@ -267,7 +267,7 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 	now := s.now()
 	p.Version, p.CreatedAt, p.UpdatedAt = 1, now, now
 	err := s.InTx(ctx, func(tx querier) error {
-		if done, err := once.replay(ctx, tx, p.UserID, now); done || err != nil {
+		if done, err := once.claim(ctx, tx, p.UserID, now); done || err != nil {
 			return err
 		}
 		err := queryRow(ctx, tx, []any{&p.ID}, insertProduct,
