@@ -266,7 +266,7 @@ func TestStoredImagesAreServedAsDocumented(t *testing.T) {
 	t.Parallel()
 	a := newTokenAPI(t)
 	const key = "products/42/7-0123456789abcdef.jpg"
-	if err := a.files.Put(t.Context(), key, "image/jpeg", jpegPhoto(t, 10, 10)); err != nil {
+	if err := a.files.Put(t.Context(), key, jpegPhoto(t, 10, 10)); err != nil {
 		t.Fatal(err)
 	}
 	tag := `"7-0123456789abcdef.jpg"`

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
-	"fmt"
 	"slices"
 	"time"
 )
@@ -62,7 +61,7 @@ func (s *store) CreateProducts(ctx context.Context, entries []batchEntry, from o
 		}
 		return recordKeys(ctx, tx, entries, now)
 	})
-	return wrap(fmt.Sprintf("create %d products", len(entries)), err)
+	return wrap(err, "create %d products", len(entries))
 }
 
 // batchRows makes rows of the entries that are wanted, as JSON.
@@ -131,6 +130,11 @@ WHERE true
 ON CONFLICT (user_id, key) DO UPDATE SET product_id = excluded.product_id`
 )
 
+func scanKey(r rows) (e batchEntry, err error) {
+	err = r.Scan(&e.Key, &e.Fingerprint, &e.ID)
+	return e, err
+}
+
 // claimKeys claims the entries' keys, or finds the products that they stand for.
 // Of two transactions at once the second waits here until the first is over;
 // they take the keys in the order of the entries, so neither waits for the other.
@@ -139,16 +143,11 @@ func claimKeys(ctx context.Context, tx querier, entries []batchEntry, now time.T
 	if asked == 0 {
 		return nil
 	}
-	r, err := tx.Query(ctx, insertKeys, keys, now, now.Add(-idempotencyTime))
-	claimed, err := collect(r, err, scanOne[string])
+	claimed, err := query(ctx, tx, scanOne[string], insertKeys, keys, now, now.Add(-idempotencyTime))
 	if err != nil || len(claimed) == asked {
 		return err
 	}
-	r, err = tx.Query(ctx, selectKeys, keys)
-	known, err := collect(r, err, func(r rows) (e batchEntry, err error) {
-		err = r.Scan(&e.Key, &e.Fingerprint, &e.ID)
-		return e, err
-	})
+	known, err := query(ctx, tx, scanKey, selectKeys, keys)
 	if err != nil {
 		return err
 	}

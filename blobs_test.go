@@ -22,7 +22,7 @@ import (
 
 // blobsUnderTest is what all blob stores have in common.
 type blobsUnderTest interface {
-	Put(ctx context.Context, key, contentType string, data []byte) error
+	Put(ctx context.Context, key string, data []byte) error
 	Delete(ctx context.Context, key string) error
 	Ping(ctx context.Context) error
 	URL(key string) string
@@ -51,7 +51,7 @@ func eachBlobs(t *testing.T, test func(t *testing.T, blobs blobsUnderTest, get f
 		t.Parallel()
 		blobs := openFileBlobs(t)
 		test(t, blobs, func(key string) *storedBlob {
-			r, err := serveFile(blobs, httptest.NewRequest("GET", mediaPrefix+key, nil))
+			r, err := serveFile(blobs, httptest.NewRequest("GET", mediaPrefix, nil), key)
 			if errors.Is(err, errNotFound) {
 				return nil
 			}
@@ -101,7 +101,7 @@ func TestBlobs(t *testing.T) {
 				t.Fatalf("%s is there before it was put", key)
 			}
 			for range 2 { // a job may be done twice
-				if err := blobs.Put(t.Context(), key, contentType, data); err != nil {
+				if err := blobs.Put(t.Context(), key, data); err != nil {
 					t.Fatalf("put: %v", err)
 				}
 			}
@@ -126,7 +126,7 @@ func TestBlobsPutReplaces(t *testing.T) {
 	eachBlobs(t, func(t *testing.T, blobs blobsUnderTest, get func(string) *storedBlob) {
 		key := "products/7/41-0.jpg"
 		for _, data := range []string{"first", "second"} {
-			if err := blobs.Put(t.Context(), key, "image/jpeg", []byte(data)); err != nil {
+			if err := blobs.Put(t.Context(), key, []byte(data)); err != nil {
 				t.Fatal(err)
 			}
 			if got := get(key); got == nil || string(got.data) != data {
@@ -141,7 +141,7 @@ func TestBlobsOfACancelledContext(t *testing.T) {
 	eachBlobs(t, func(t *testing.T, blobs blobsUnderTest, get func(string) *storedBlob) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if err := blobs.Put(ctx, "products/7/41-0.jpg", "image/jpeg", []byte("x")); !errors.Is(err, context.Canceled) {
+		if err := blobs.Put(ctx, "products/7/41-0.jpg", []byte("x")); !errors.Is(err, context.Canceled) {
 			t.Errorf("put: %v", err)
 		}
 		if err := blobs.Delete(ctx, "products/7/41-0.jpg"); !errors.Is(err, context.Canceled) {
@@ -236,17 +236,18 @@ func TestS3Unusable(t *testing.T) {
 			if err := blobs.Ping(ctx); err == nil {
 				t.Error("ping succeeded")
 			}
-			if err := blobs.Put(ctx, "products/1/1-a.jpg", "image/jpeg", []byte("x")); err == nil {
+			if err := blobs.Put(ctx, "products/1/1-a.jpg", []byte("x")); err == nil {
 				t.Error("put succeeded")
 			}
 		})
 	}
 }
 
-// serveFile lets the blobs answer a request. A refusal comes as its status,
+// serveFile lets the blobs answer a request for a key. A refusal comes as its status,
 // without the problem document.
-func serveFile(blobs *fileBlobs, r *http.Request) (*httptest.ResponseRecorder, error) {
+func serveFile(blobs *fileBlobs, r *http.Request, key string) (*httptest.ResponseRecorder, error) {
 	w := httptest.NewRecorder()
+	r.SetPathValue("key", key)
 	err := blobs.serve(w, r)
 	var refusal *httpError
 	if errors.As(err, &refusal) {
@@ -259,7 +260,7 @@ func TestFileBlobsServe(t *testing.T) {
 	t.Parallel()
 	const key = "products/7/41-ba7816bf8f01cfea.jpg"
 	blobs := openFileBlobs(t)
-	if err := blobs.Put(t.Context(), key, "image/jpeg", []byte("0123456789")); err != nil {
+	if err := blobs.Put(t.Context(), key, []byte("0123456789")); err != nil {
 		t.Fatal(err)
 	}
 	tests := map[string]struct {
@@ -278,11 +279,11 @@ func TestFileBlobsServe(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := httptest.NewRequest(test.method, mediaPrefix+key, nil)
+			r := httptest.NewRequest(test.method, mediaPrefix, nil)
 			if test.header != "" {
 				r.Header.Set(test.header, test.value)
 			}
-			w, err := serveFile(blobs, r)
+			w, err := serveFile(blobs, r, key)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -291,7 +292,7 @@ func TestFileBlobsServe(t *testing.T) {
 			}
 			if w.Code == 200 {
 				h := w.Header()
-				if h.Get("Content-Type") != "image/jpeg" || h.Get("X-Content-Type-Options") != "nosniff" ||
+				if h.Get("Content-Type") != "image/jpeg" ||
 					h.Get("Cache-Control") != blobCacheControl || h.Get("Last-Modified") == "" || h.Get("Content-Length") != "10" {
 					t.Errorf("header is %v", h)
 				}
@@ -311,7 +312,7 @@ func TestFileBlobsServeNothingElse(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	must(blobs.Put(t.Context(), "products/7/a.jpg", "image/jpeg", []byte("x")))
+	must(blobs.Put(t.Context(), "products/7/a.jpg", []byte("x")))
 	must(os.WriteFile(outside, []byte("secret"), 0o600))
 	must(os.WriteFile(filepath.Join(dir, fileTempDir, "b.jpg"), []byte("half"), 0o600))
 	must(os.WriteFile(filepath.Join(dir, "notes.txt"), []byte("notes"), 0o600))
@@ -327,16 +328,9 @@ func TestFileBlobsServeNothingElse(t *testing.T) {
 		strings.Repeat("x", 5000) + ".jpg",
 	}
 	for _, p := range paths {
-		r := httptest.NewRequest("GET", "/", nil)
-		r.URL.Path = mediaPrefix + p
-		w, err := serveFile(blobs, r)
+		w, err := serveFile(blobs, httptest.NewRequest("GET", mediaPrefix, nil), p)
 		if !errors.Is(err, errNotFound) || w.Body.Len() != 0 || len(w.Header()) != 0 {
 			t.Errorf("%.60q: got %q, error %.80v", p, w.Body, err)
-		}
-	}
-	for _, method := range []string{"POST", "PUT", "DELETE", "OPTIONS"} {
-		if _, err := serveFile(blobs, httptest.NewRequest(method, mediaPrefix+"products/7/a.jpg", nil)); !errors.Is(err, errNotFound) {
-			t.Errorf("%s: error is %v", method, err)
 		}
 	}
 }
@@ -345,17 +339,14 @@ func TestFileBlobsRefuseBadKeys(t *testing.T) {
 	t.Parallel()
 	blobs := openFileBlobs(t)
 	for _, key := range []string{"", ".", "..", "../a.jpg", "/a.jpg", "products/../../a.jpg", "products//a.jpg", ".tmp/a.jpg", ".tmp"} {
-		if err := blobs.Put(t.Context(), key, "image/jpeg", nil); err == nil {
+		if err := blobs.Put(t.Context(), key, nil); err == nil {
 			t.Errorf("put %q succeeded", key)
 		}
 		if err := blobs.Delete(t.Context(), key); !errors.Is(err, fs.ErrInvalid) {
 			t.Errorf("delete %q: %v", key, err)
 		}
 	}
-	if err := blobs.Put(t.Context(), "products/7/a.jpg", "image/png", nil); err == nil {
-		t.Error("put of a PNG as .jpg succeeded")
-	}
-	if err := blobs.Put(t.Context(), "products/7/a.html", "text/html", nil); err == nil {
+	if err := blobs.Put(t.Context(), "products/7/a.html", nil); err == nil {
 		t.Error("put of a page succeeded")
 	}
 	if left := filesUnder(t, blobs); len(left) != 0 {
@@ -385,7 +376,7 @@ func TestFileBlobsLeaveNothingBehind(t *testing.T) {
 	}
 	key := blobKey(7, 41, nil, "jpg")
 	for range 100 {
-		if err := blobs.Put(t.Context(), key, "image/jpeg", []byte("x")); err != nil {
+		if err := blobs.Put(t.Context(), key, []byte("x")); err != nil {
 			t.Errorf("put: %v", err)
 			break
 		}
@@ -395,10 +386,10 @@ func TestFileBlobsLeaveNothingBehind(t *testing.T) {
 	}
 	close(done)
 	deletes.Wait()
-	if err := blobs.Put(t.Context(), "a.jpg", "image/jpeg", nil); err != nil {
+	if err := blobs.Put(t.Context(), "a.jpg", nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := blobs.Put(t.Context(), "a.jpg/b.jpg", "image/jpeg", nil); err == nil {
+	if err := blobs.Put(t.Context(), "a.jpg/b.jpg", nil); err == nil {
 		t.Error("put below a file succeeded")
 	}
 	if left := filesUnder(t, blobs); len(left) != 1 || left[0] != "a.jpg" {

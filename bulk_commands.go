@@ -109,12 +109,11 @@ func (p *program) importFile(ctx context.Context, db *store, o importOptions, in
 	out := bufio.NewWriter(refused)
 	im := &importer{
 		store:  db,
-		rows:   newRowReader(bar.reading(in), o.format),
+		rows:   newRowReader(io.TeeReader(in, bar), o.format),
 		allow:  o.allow,
 		await:  func() {},
 		flush:  out.Flush,
 		stored: func(id int64) { invalidate(id, 1) },
-		wake:   func() {},
 		from:   commandOrigin(),
 		key:    o.key,
 	}
@@ -230,12 +229,8 @@ func (b *progress) end() {
 	}
 }
 
-// reading counts what is read of the file.
-func (b *progress) reading(in io.Reader) io.Reader { return io.TeeReader(in, (*bytesRead)(b)) }
-
-type bytesRead progress
-
-func (b *bytesRead) Write(data []byte) (int, error) {
+// Write counts what is read of the file.
+func (b *progress) Write(data []byte) (int, error) {
 	b.read += int64(len(data))
 	return len(data), nil
 }

@@ -111,7 +111,7 @@ func TestProgressIsDrawnOnATerminal(t *testing.T) {
 	t.Parallel()
 	var screen bytes.Buffer
 	bar := &progress{out: &screen, size: 200, began: time.Now().Add(-2 * time.Second)}
-	io.CopyN(io.Discard, bar.reading(strings.NewReader(strings.Repeat("x", 200))), 100)
+	io.CopyN(io.Discard, io.TeeReader(strings.NewReader(strings.Repeat("x", 200)), bar), 100)
 	for range 1000 {
 		bar.addRow()
 	}

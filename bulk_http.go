@@ -68,8 +68,7 @@ func (s *server) newImporter(stream *bulkStream, format rowFormat, key string) *
 			return err
 		},
 		flush:  func() error { return errors.Join(out.Flush(), stream.flush()) },
-		stored: func(id int64) { s.invalidate(id, 1) },
-		wake:   s.wake,
+		stored: func(id int64) { s.invalidate(id, 1); s.wake() },
 		from:   originOf(stream.w),
 		key:    key,
 	}

@@ -178,7 +178,7 @@ func (b *redisCache) Ping(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, redisDialTimeout)
 	defer cancel()
-	return wrap("ping redis", conn.Do(ctx, conn.B().Ping().Build()).Error())
+	return wrap(conn.Do(ctx, conn.B().Ping().Build()).Error(), "ping redis")
 }
 
 // answered says that Redis has answered on a connection.
@@ -213,21 +213,13 @@ func (c *redisConn) failedForGood(now time.Time, timeout time.Duration) bool {
 // Run keeps a connection to Redis until ctx ends. It logs when Redis goes away
 // and when it is back, once each.
 func (b *redisCache) Run(ctx context.Context) error {
-	away := false
+	health := healthLog{log: b.log}
 	for {
-		err := b.serve(ctx, func() {
-			if away {
-				b.log.Info("cache back")
-			}
-			away = false
-		})
+		err := b.serve(ctx, func() { health.note(ctx, nil, "", "cache back") })
 		if ctx.Err() != nil {
 			return nil
 		}
-		if !away {
-			b.log.Warn("cache unavailable", "err", err)
-		}
-		away = true
+		health.fault("away", "cache unavailable", err)
 		cacheBreaker.Set(1)
 		if sleep(ctx, redisPause) != nil {
 			return nil

@@ -74,7 +74,7 @@ func (s *store) DeadLetters(ctx context.Context, f deadFilter, after int64, limi
 		err := r.Scan(deadLetterTargets(&d)...)
 		return d, err
 	})
-	return letters, wrap("list dead letters", err)
+	return letters, wrap(err, "list dead letters")
 }
 
 func (f deadFilter) pageSQL(after int64, limit int) (string, []any) {
@@ -86,7 +86,7 @@ func (f deadFilter) pageSQL(after int64, limit int) (string, []any) {
 // CountDead answers how many dead letters f selects.
 func (s *store) CountDead(ctx context.Context, f deadFilter) (n int, err error) {
 	n, err = s.countImages(ctx, f.where(isDead))
-	return n, wrap("count dead letters", err)
+	return n, wrap(err, "count dead letters")
 }
 
 func (s *store) countImages(ctx context.Context, c conditions) (int, error) {
@@ -98,22 +98,23 @@ const selectDeadLetter = selectDeadLetters + isDead + ` AND i.id = $1`
 
 const selectAttempts = `SELECT failed_at, duration_ms, code, detail FROM image_attempts WHERE image_id = $1 ORDER BY id`
 
+func scanAttempt(r rows) (a attempt, err error) {
+	var ms int64
+	err = r.Scan(&a.FailedAt, &ms, &a.Code, &a.Detail)
+	a.Duration = time.Duration(ms) * time.Millisecond
+	return a, err
+}
+
 // DeadLetter reads one dead letter with the history of its attempts, or answers
 // errNotFound.
 func (s *store) DeadLetter(ctx context.Context, id int64) (deadLetter, error) {
 	var d deadLetter
 	if err := queryRow(ctx, s, deadLetterTargets(&d), selectDeadLetter, id); err != nil {
-		return d, wrap(fmt.Sprintf("read dead letter %d", id), err)
+		return d, wrap(err, "read dead letter %d", id)
 	}
-	r, err := s.Query(ctx, selectAttempts, id)
-	d.History, err = collect(r, err, func(r rows) (attempt, error) {
-		var a attempt
-		var ms int64
-		err := r.Scan(&a.FailedAt, &ms, &a.Code, &a.Detail)
-		a.Duration = time.Duration(ms) * time.Millisecond
-		return a, err
-	})
-	return d, wrap(fmt.Sprintf("read attempts of image %d", id), err)
+	var err error
+	d.History, err = query(ctx, s, scanAttempt, selectAttempts, id)
+	return d, wrap(err, "read attempts of image %d", id)
 }
 
 const (
@@ -146,7 +147,7 @@ func (s *store) ReplayDead(ctx context.Context, ids []int64, from origin) (repla
 	if err == nil {
 		point("replayed")
 	}
-	return replayed, changed, wrap(fmt.Sprintf("replay %d dead letters", len(ids)), err)
+	return replayed, changed, wrap(err, "replay %d dead letters", len(ids))
 }
 
 // queueAnew runs update, which queues those of the images anew that meet its
@@ -167,7 +168,7 @@ func (s *store) queueAnew(ctx context.Context, ids []int64, from origin, owners,
 			return err
 		}
 		queued = len(updated)
-		changed, err = queryVersions(ctx, tx, raiseVersions, updated, now)
+		changed, err = query(ctx, tx, scanVersion, raiseVersions, updated, now)
 		return err
 	})
 	if err != nil && len(changed) > 0 {
@@ -199,7 +200,7 @@ func (s *store) versionsNow(ctx context.Context, ids ...int64) []productVersion 
 	defer cancel()
 	var now []productVersion
 	err := s.InTx(ctx, func(tx querier) (err error) {
-		now, err = queryVersions(ctx, tx, lockVersions, ids)
+		now, err = query(ctx, tx, scanVersion, lockVersions, ids)
 		return err
 	})
 	if err != nil {
@@ -213,15 +214,14 @@ func (s *store) versionsNow(ctx context.Context, ids ...int64) []productVersion 
 	return now
 }
 
-func queryVersions(ctx context.Context, q querier, sql string, args ...any) ([]productVersion, error) {
-	r, err := q.Query(ctx, sql, args...)
-	return collect(r, err, func(r rows) (v productVersion, err error) { err = r.Scan(&v.ID, &v.Version); return v, err })
+func scanVersion(r rows) (v productVersion, err error) {
+	err = r.Scan(&v.ID, &v.Version)
+	return v, err
 }
 
 // queryIDs runs SQL whose result is a column of ids.
 func queryIDs(ctx context.Context, q querier, sql string, args ...any) ([]int64, error) {
-	r, err := q.Query(ctx, sql, args...)
-	return collect(r, err, scanOne[int64])
+	return query(ctx, q, scanOne[int64], sql, args...)
 }
 
 // DiscardDead gives a dead letter up for good: its image stays failed, but waits
@@ -231,7 +231,7 @@ func (s *store) DiscardDead(ctx context.Context, id int64) error {
 	if err == nil && n == 0 {
 		err = errNotFound
 	}
-	return wrap(fmt.Sprintf("discard dead letter %d", id), err)
+	return wrap(err, "discard dead letter %d", id)
 }
 
 // replay queues every dead letter anew that the filter selects, each once, and
@@ -245,15 +245,15 @@ func replay(ctx context.Context, db *store, f deadFilter, from origin, rate int,
 		}
 		return ids, err
 	}
-	return inBatches(ctx, rate, page, func(ids []int64) (int, error) { return replayAndTell(ctx, db, ids, from, invalidate) })
+	return eachPage(ctx, rate, page, func(ids []int64) (int, error) { return replayAndTell(ctx, db, ids, from, invalidate) })
 }
 
 // queueBatch is how many images one transaction queues anew.
 const queueBatch = 500
 
-// inBatches does what page lists, by id after a given one, and answers how much
+// eachPage does what page lists, by id after a given one, and answers how much
 // was done, also with an error. rate bounds it, a second; 0 is no limit.
-func inBatches(ctx context.Context, rate int, page func(after int64, limit int) ([]int64, error), do func(ids []int64) (int, error)) (done int, err error) {
+func eachPage(ctx context.Context, rate int, page func(after int64, limit int) ([]int64, error), do func(ids []int64) (int, error)) (done int, err error) {
 	batch := queueBatch
 	if rate > 0 {
 		batch = 1

@@ -64,8 +64,8 @@ func readHost(v string) (host string, port int, err error) {
 	if ip := net.ParseIP(v); ip != nil {
 		return hostName(v), 0, nil // IPv6 without brackets too
 	}
-	u, problem := parseURL("http://" + v)
-	if problem != "" || u.Host != v {
+	u, err := parseURL("http://" + v)
+	if err != nil || u.Host != v {
 		return "", 0, errors.New("must be the host of a URL, with a port or without")
 	}
 	port, _ = strconv.Atoi(u.Port()) // "" is any
@@ -102,7 +102,7 @@ func (s *server) replayDeadLetter(ctx context.Context, w http.ResponseWriter, r 
 	if err != nil {
 		return err
 	}
-	s.afterReplay()
+	s.queuedAnew()
 	writeJSON(w, http.StatusAccepted, replayedJSON{n})
 	return nil
 }
@@ -127,7 +127,7 @@ func (s *server) replayDeadLetters(w http.ResponseWriter, r *http.Request) error
 	}
 	n, err := replay(r.Context(), s.store, filter, originOf(w), 0, s.invalidate)
 	if n > 0 {
-		s.afterReplay()
+		s.queuedAnew()
 	}
 	if err != nil {
 		return err
@@ -136,16 +136,17 @@ func (s *server) replayDeadLetters(w http.ResponseWriter, r *http.Request) error
 	return nil
 }
 
-func (s *server) afterReplay() {
+// queuedAnew tells that images were, perhaps dead letters among them.
+func (s *server) queuedAnew() {
 	s.wake()
-	s.replayed()
+	s.deadChanged()
 }
 
 func (s *server) discardDeadLetter(ctx context.Context, w http.ResponseWriter, r *http.Request, id int64) error {
 	if err := s.store.DiscardDead(ctx, id); err != nil {
 		return err
 	}
-	s.replayed()
+	s.deadChanged()
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }

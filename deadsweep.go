@@ -155,7 +155,7 @@ FROM images WHERE ` + isDead
 // given time.
 func (s *store) countDeadBefore(ctx context.Context, t time.Time) (all, before int, err error) {
 	err = queryRow(ctx, s, []any{&all, &before}, countDeadBefore, t)
-	return all, before, wrap("count dead letters", err)
+	return all, before, wrap(err, "count dead letters")
 }
 
 const selectDeadAmong = `SELECT id FROM images WHERE id = ANY($1) AND ` + isDead
@@ -163,7 +163,7 @@ const selectDeadAmong = `SELECT id FROM images WHERE id = ANY($1) AND ` + isDead
 // deadAmong says which of some images are dead letters.
 func (s *store) deadAmong(ctx context.Context, ids []int64) ([]int64, error) {
 	dead, err := queryIDs(ctx, s, selectDeadAmong, ids)
-	return dead, wrap("look up dead letters", err)
+	return dead, wrap(err, "look up dead letters")
 }
 
 const selectDeadBefore = `
@@ -177,8 +177,7 @@ func (s *store) deadBefore(ctx context.Context, t time.Time) iter.Seq2[Job, erro
 	const page = 1000
 	return func(yield func(Job, error) bool) {
 		for after := int64(0); ; {
-			r, err := s.Query(ctx, selectDeadBefore, t, after, page)
-			jobs, err := collect(r, err, scanJob)
+			jobs, err := query(ctx, s, scanJob, selectDeadBefore, t, after, page)
 			if err != nil {
 				yield(Job{}, fmt.Errorf("read dead letters: %w", err))
 				return

@@ -77,25 +77,6 @@ func newDispatcher(source jobSource, queue jobSink, log *slog.Logger) *dispatche
 // Wake says that a job may be due. It never blocks.
 func (d *dispatcher) Wake() { poke(d.wake) }
 
-// poke leaves a token in a channel that has room for one. A token that is there
-// already has not been looked at yet, and will do.
-func poke(c chan<- struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
-
-// sleep lets time pass. If ctx ends first it answers why.
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
 // Run dispatches until ctx ends. It finishes a batch that it began, since jobs
 // published and not marked would be published twice.
 func (d *dispatcher) Run(ctx context.Context) error {

@@ -97,17 +97,13 @@ func (b *fileBlobs) clearTemp() error {
 func (b *fileBlobs) Close() error { return b.root.Close() }
 
 // Put stores a file. When it returns the file is complete and on the disk; until
-// then there is nothing under its key, or what was there before. The content
-// type follows from the extension.
-func (b *fileBlobs) Put(ctx context.Context, key, contentType string, data []byte) error {
+// then there is nothing under its key, or what was there before.
+func (b *fileBlobs) Put(ctx context.Context, key string, data []byte) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("put blob %s: %w", key, err)
 	}
-	if !isFileKey(key) {
+	if !isFileKey(key) || mediaType(key) == "" {
 		return fmt.Errorf("put blob %s: %w", key, fs.ErrInvalid)
-	}
-	if mediaType(key) == "" || mediaType(key) != contentType {
-		return fmt.Errorf("put blob %s: %s does not fit the extension", key, contentType)
 	}
 	temp, err := b.writeTemp(data)
 	if err != nil {
@@ -198,18 +194,18 @@ func (b *fileBlobs) Ping(context.Context) error {
 	if err == nil {
 		err = b.root.Remove(name)
 	}
-	return wrap("write to blob directory", err)
+	return wrap(err, "write to blob directory")
 }
 
 // URL returns where clients get a file.
 func (b *fileBlobs) URL(key string) string { return b.base + mediaPrefix + key }
 
-// serve answers GET and HEAD for a file under mediaPrefix, with ranges and
-// conditions. For anything that is not a stored image it writes nothing and
+// serve answers GET and HEAD for the file that the path's {key} names, with ranges
+// and conditions. For anything that is not a stored image it writes nothing and
 // returns errNotFound, so that the caller can say so in its own way.
 func (b *fileBlobs) serve(w http.ResponseWriter, r *http.Request) error {
-	key, ok := strings.CutPrefix(r.URL.Path, mediaPrefix)
-	if !ok || !isFileKey(key) || r.Method != http.MethodGet && r.Method != http.MethodHead {
+	key := r.PathValue("key")
+	if !isFileKey(key) {
 		return fmt.Errorf("serve %s: %w", r.URL.Path, errNotFound)
 	}
 	file, info, err := b.open(key)
@@ -219,7 +215,6 @@ func (b *fileBlobs) serve(w http.ResponseWriter, r *http.Request) error {
 	defer file.Close()
 	header := w.Header()
 	header.Set("Content-Type", mediaType(key))
-	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Cache-Control", blobCacheControl)
 	header.Set("ETag", strconv.Quote(path.Base(key))) // the name has the content's hash
 	refusal := refusedContent{ResponseWriter: w}

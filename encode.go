@@ -88,8 +88,7 @@ func (e encoder) imageJSON(i Image) imageJSON {
 		Width: i.Width, Height: i.Height, Bytes: i.Bytes, SourceBytes: i.SourceBytes,
 	}
 	if i.Key != "" {
-		url := e.objectURL(i.Key)
-		out.URL = &url
+		out.URL = new(e.objectURL(i.Key))
 	}
 	for _, v := range i.Variants {
 		out.Variants = append(out.Variants, variantJSON{v.Width, e.objectURL(v.Key), v.Bytes})

@@ -71,9 +71,8 @@ const selectEvents = `SELECT ` + eventColumns + ` FROM settled_events WHERE (tx,
 // EventsAfter reads what comes after a place, in order. Nothing is ever put
 // before what it has answered.
 func (s *store) EventsAfter(ctx context.Context, after place, limit int) ([]event, error) {
-	r, err := s.Query(ctx, selectEvents, after.Tx, after.ID, limit)
-	events, err := collect(r, err, scanEvent)
-	return events, wrap("read events", err)
+	events, err := query(ctx, s, scanEvent, selectEvents, after.Tx, after.ID, limit)
+	return events, wrap(err, "read events")
 }
 
 const selectLastEvent = `
@@ -83,7 +82,7 @@ FROM (SELECT tx, id FROM settled_events ORDER BY tx DESC, id DESC LIMIT 1) AS la
 // LastEvent answers the place after all events that EventsAfter would read now.
 func (s *store) LastEvent(ctx context.Context) (p place, err error) {
 	err = queryRow(ctx, s, []any{&p.Tx, &p.ID}, selectLastEvent)
-	return p, wrap("find the last event", err)
+	return p, wrap(err, "find the last event")
 }
 
 const selectHasPlace = `
@@ -92,7 +91,7 @@ SELECT EXISTS (SELECT 1 FROM events WHERE (tx, id) <= ($1, $2)) AND EXISTS (SELE
 // HasPlace says whether everything after a place is still in the log.
 func (s *store) HasPlace(ctx context.Context, p place) (has bool, err error) {
 	err = queryRow(ctx, s, []any{&has}, selectHasPlace, p.Tx, p.ID)
-	return has, wrap("find a place among the events", err)
+	return has, wrap(err, "find a place among the events")
 }
 
 // selectProductAt is one statement, so that the product and the last of its
@@ -110,7 +109,7 @@ ORDER BY i.position`
 func (s *store) ProductAt(ctx context.Context, id int64) (p Product, at place, err error) {
 	r, err := s.Query(ctx, selectProductAt, id)
 	p, err = only(scanProducts(placedRows{r, &at}, err))
-	return p, at, wrap(fmt.Sprintf("read product %d with its events", id), err)
+	return p, at, wrap(err, "read product %d with its events", id)
 }
 
 // placedRows are rows with a place behind their other columns.
@@ -129,9 +128,8 @@ ORDER BY id LIMIT $5`
 // ProductEvents reads what has happened to a product after a place, up to the
 // event with the id to, which is one of the product's.
 func (s *store) ProductEvents(ctx context.Context, productID int64, after place, to int64, limit int) ([]event, error) {
-	r, err := s.Query(ctx, selectProductEvents, productID, after.Tx, after.ID, to, limit)
-	events, err := collect(r, err, scanEvent)
-	return events, wrap(fmt.Sprintf("read events of product %d", productID), err)
+	events, err := query(ctx, s, scanEvent, selectProductEvents, productID, after.Tx, after.ID, to, limit)
+	return events, wrap(err, "read events of product %d", productID)
 }
 
 // forgetEvents looks no further than at the first events of the log, and leaves
@@ -146,5 +144,5 @@ WHERE (tx, id) IN (SELECT tx, id FROM (SELECT tx, id, created_at FROM events ORD
 // ForgetEvents deletes those that are older than eventTime.
 func (s *store) ForgetEvents(ctx context.Context) error {
 	_, err := s.inBatches(ctx, forgetEvents, s.now().Add(-eventTime))
-	return wrap("forget events", err)
+	return wrap(err, "forget events")
 }

@@ -273,8 +273,7 @@ type resetJSON struct {
 // imageEventJSON is the data of an event "image" of any product.
 type imageEventJSON struct {
 	ProductID int64 `json:"product_id"`
-	Position  int   `json:"position"`
-	imageJSON
+	positionedJSON
 }
 
 // productEventJSON is the data of an event "product".
@@ -288,7 +287,7 @@ type productEventJSON struct {
 // event encodes an event of the log.
 func (e encoder) event(of event) eventMessage {
 	if of.What == imageChanged {
-		return eventMessage{"image", imageEventJSON{of.ProductID, of.Image.Position, e.imageJSON(of.Image)}}
+		return eventMessage{"image", imageEventJSON{of.ProductID, positionedJSON{of.Image.Position, e.imageJSON(of.Image)}}}
 	}
 	return eventMessage{"product", productEventJSON{of.ProductID, of.UserID, of.Version, of.What}}
 }

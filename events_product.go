@@ -19,8 +19,7 @@ type productStream struct {
 	at      place          // what happened to the product up to here has been told
 	shown   map[int]string // what was told of each position; nil: nothing
 	pending map[int64]bool // images that are not settled, as of at
-	version int64          // of the product, when it was last read
-	product Product        // as it was then
+	product Product        // as it was when it was last read
 	fresh   bool           // nothing has been told since
 }
 
@@ -82,7 +81,7 @@ func (p *productStream) read(ctx context.Context) (at place, err error) {
 
 // take takes over what was read last: it is what has been told now.
 func (p *productStream) take(at place) {
-	p.at, p.version, p.fresh, p.pending = at, p.product.Version, true, make(map[int64]bool)
+	p.at, p.fresh, p.pending = at, true, make(map[int64]bool)
 	for _, image := range p.product.Images {
 		if image.Status == imagePending {
 			p.pending[image.ID] = true
@@ -177,7 +176,7 @@ func (p *productStream) follow(l *listener) error {
 			return err
 		}
 	}
-	return p.send(p.at, eventMessage{"done", doneJSON{p.version}})
+	return p.send(p.at, eventMessage{"done", doneJSON{p.product.Version}})
 }
 
 type doneJSON struct {

@@ -119,9 +119,9 @@ func newFetcher(limits fetchLimits) *fetcher {
 // as it is, when the host is busy errHostBusy, when there is no memory errNoRoom, and
 // when there is no file descriptor errNoSocket.
 func (f *fetcher) Fetch(ctx context.Context, url string) ([]byte, error) {
-	u, problem := parseURL(url)
-	if problem != "" {
-		return nil, permanent("bad_url", "the URL %s", problem)
+	u, err := parseURL(url)
+	if err != nil {
+		return nil, permanent("bad_url", "the URL %v", err)
 	}
 	release, err := f.acquire(ctx, hostKey(u))
 	if err != nil {
@@ -213,8 +213,8 @@ func portOf(u *url.URL) string {
 // sourceHost is what an image's source is found by: host and port of its URL. A
 // URL that has none, which the API does not let in, is of the host "".
 func sourceHost(source string) (host string, port int) {
-	u, problem := parseURL(source)
-	if problem != "" {
+	u, err := parseURL(source)
+	if err != nil {
 		return "", 0
 	}
 	port, _ = strconv.Atoi(portOf(u)) // checked by parseURL
@@ -276,8 +276,8 @@ func redirectTarget(u *url.URL, location string) (*url.URL, error) {
 	if err != nil {
 		return nil, permanent("bad_redirect", "a redirect to what is not a URL")
 	}
-	if problem := checkTarget(next); problem != "" {
-		return nil, permanent("bad_redirect", "the URL of a redirect %s", problem)
+	if err := checkTarget(next); err != nil {
+		return nil, permanent("bad_redirect", "the URL of a redirect %v", err)
 	}
 	if u.Scheme == "https" && next.Scheme != "https" {
 		return nil, permanent("bad_redirect", "a redirect from https to http")
@@ -474,26 +474,20 @@ func tlsDetail(err error) string {
 	return "no TLS connection could be made"
 }
 
-// checkURL says what is wrong with a URL that a client gives, of an image or a
-// webhook; "" if nothing is. Where it leads is no matter here: that is found out
-// when it is called.
-func checkURL(raw string) string {
-	_, problem := parseURL(raw)
-	return problem
-}
-
-func parseURL(raw string) (u *url.URL, problem string) {
+// parseURL checks a URL that a client gives, of an image or a webhook. Where it leads
+// is no matter here: that is found out when it is called.
+func parseURL(raw string) (*url.URL, error) {
 	switch {
 	case raw == "":
-		return nil, "must not be empty"
+		return nil, errors.New("must not be empty")
 	case len(raw) > maxURLBytes:
-		return nil, fmt.Sprintf("must be at most %d bytes, has %d", maxURLBytes, len(raw))
+		return nil, fmt.Errorf("must be at most %d bytes, has %d", maxURLBytes, len(raw))
 	case !utf8.ValidString(raw) || strings.ContainsFunc(raw, isSpaceOrControl):
-		return nil, "must not contain spaces, control characters or invalid UTF-8"
+		return nil, errors.New("must not contain spaces, control characters or invalid UTF-8")
 	}
 	u, err := url.Parse(raw)
 	if err != nil {
-		return nil, "must be a valid URL"
+		return nil, errors.New("must be a valid URL")
 	}
 	return u, checkTarget(u)
 }
@@ -501,20 +495,20 @@ func parseURL(raw string) (u *url.URL, problem string) {
 func isSpaceOrControl(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }
 
 // checkTarget holds for what a client gives and for what a redirect gives.
-func checkTarget(u *url.URL) string {
+func checkTarget(u *url.URL) error {
 	switch {
 	case u.Scheme != "http" && u.Scheme != "https":
-		return "must begin with http:// or https://"
+		return errors.New("must begin with http:// or https://")
 	case u.User != nil:
-		return "must not contain a user name or password"
+		return errors.New("must not contain a user name or password")
 	case u.Hostname() == "":
-		return "must have a host"
+		return errors.New("must have a host")
 	case !utf8.ValidString(u.Host) || strings.ContainsFunc(u.Host, isSpaceOrControl): // they may have been percent-encoded
-		return "must have a host without spaces, control characters or invalid UTF-8"
+		return errors.New("must have a host without spaces, control characters or invalid UTF-8")
 	case !validPort(u.Port()):
-		return "must have a port from 1 to 65535"
+		return errors.New("must have a port from 1 to 65535")
 	}
-	return ""
+	return nil
 }
 
 func validPort(port string) bool {

@@ -240,8 +240,8 @@ func TestFetchSendsNothingToForbiddenPlaces(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %.60q", code, hostile), func(t *testing.T) {
 				data, err := f.Fetch(t.Context(), hostile)
 				wantFailure(t, data, err, code, true)
-				if problem := checkURL(hostile); (problem != "") != (code == "bad_url") {
-					t.Errorf("checkURL says %q", problem)
+				if _, err := parseURL(hostile); (err != nil) != (code == "bad_url") {
+					t.Errorf("parseURL says %v", err)
 				}
 			})
 		}
@@ -600,8 +600,8 @@ func TestURLsThatAreFine(t *testing.T) {
 		"http://[::1]:8080/", "http://[fe80::1%25eth0]/", "http://localhost/", "http://münchen.example/ä.png", "http://m%C3%BCnchen.example/", "http://a_b.example/",
 		"http://example.com:/", "http://example.com:65535/", "https://cdn.example/" + strings.Repeat("a", maxURLBytes-20),
 	} {
-		if problem := checkURL(fine); problem != "" {
-			t.Errorf("%.80q: %s", fine, problem)
+		if _, err := parseURL(fine); err != nil {
+			t.Errorf("%.80q: %v", fine, err)
 		}
 	}
 }
@@ -617,7 +617,7 @@ func FuzzCheckImageURL(f *testing.F) {
 		f.Add(fine)
 	}
 	f.Fuzz(func(t *testing.T, raw string) {
-		if checkURL(raw) != "" {
+		if _, err := parseURL(raw); err != nil {
 			return
 		}
 		u, err := url.Parse(raw)

@@ -33,26 +33,26 @@ const requestTimeout = 10 * time.Second
 
 // server is the HTTP side of the program.
 type server struct {
-	store      *store
-	products   productReader // the cache, or what it would ask
-	encoder    encoder
-	wake       func()                  // images are due
-	invalidate func(id, version int64) // a product has changed
-	replayed   func()                  // dead letters were replayed or discarded
-	media      handler                 // serves stored objects; nil if S3 does
-	parts      []part                  // what readiness depends on
-	checkup    checkup                 // of parts
-	console    console
-	monitor    *monitor
-	feed       *eventFeed
-	authOn     bool
-	tokens     tokenCache
-	limits     requestLimits
-	patience   time.Duration // with the clients of imports and exports
-	log        *slog.Logger
-	inFlight   sync.Map      // Idempotency-Keys of requests in work
-	stopping   chan struct{} // closed when the server is to end
-	draining   atomic.Bool
+	store       *store
+	products    productReader // the cache, or what it would ask
+	encoder     encoder
+	wake        func()                  // images are due
+	invalidate  func(id, version int64) // a product has changed
+	deadChanged func()                  // dead letters were replayed or discarded
+	media       handler                 // serves stored objects; nil if S3 does
+	parts       []part                  // what readiness depends on
+	checkup     checkup                 // of parts
+	console     console
+	monitor     *monitor
+	feed        *eventFeed
+	authOn      bool
+	tokens      tokenCache
+	limits      requestLimits
+	patience    time.Duration // with the clients of imports and exports
+	log         *slog.Logger
+	inFlight    sync.Map      // Idempotency-Keys of requests in work
+	stopping    chan struct{} // closed when the server is to end
+	draining    atomic.Bool
 }
 
 // handler answers a request or returns an error, which route renders.

@@ -38,7 +38,7 @@ func newAPIOn(t *testing.T, s *store) *api {
 	logger := slog.New(slog.NewJSONHandler(log, nil))
 	a := &api{log: log, server: &server{
 		store: s, products: newProductLoader(s, enc), encoder: enc,
-		wake: func() {}, invalidate: func(int64, int64) {}, replayed: func() {},
+		wake: func() {}, invalidate: func(int64, int64) {}, deadChanged: func() {},
 		log: logger, stopping: make(chan struct{}), patience: bulkPatience,
 		console: newConsole(), monitor: newMonitor(s, logger), feed: runFeed(t, s, logger),
 	}}
@@ -805,7 +805,7 @@ func TestReplaysAreToldOf(t *testing.T) {
 	var told []string
 	a.invalidate = func(id, version int64) { told = append(told, fmt.Sprintf("version %d", version)) }
 	a.wake = func() { told = append(told, "work") }
-	a.replayed = func() { told = append(told, "dead") }
+	a.deadChanged = func() { told = append(told, "dead") }
 	for _, step := range []struct {
 		method, path string
 		want         []string

@@ -76,7 +76,6 @@ func (t imageTools) run(parts []func()) {
 type compressedImage struct {
 	Data          []byte
 	Ext           string // jpg, png, webp or gif
-	ContentType   string
 	Width, Height int
 	LostProfile   string // the kind of colour that the source's profile is for, if it does not fit the result's
 }
@@ -356,7 +355,7 @@ func newCompressed(format string, data []byte, bounds image.Rectangle) compresse
 	if format == formatJPEG {
 		ext = "jpg"
 	}
-	return compressedImage{Data: data, Ext: ext, ContentType: "image/" + format, Width: bounds.Dx(), Height: bounds.Dy()}
+	return compressedImage{Data: data, Ext: ext, Width: bounds.Dx(), Height: bounds.Dy()}
 }
 
 // makePlanes makes a JPEG's planes of an image that is opaque.

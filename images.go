@@ -48,9 +48,9 @@ const refusedDelay = time.Second
 func (s *store) DispatchDue(ctx context.Context, limit int, publish func(context.Context, []Job) ([]Job, error)) (int, error) {
 	now, claim := s.now(), rand.Int64()
 	lease := now.Add(leaseTime)
-	jobs, err := changed(ctx, s, scanJob, claimDue, now, lease, claim, limit)
+	jobs, err := updateReturning(ctx, s, scanJob, claimDue, now, lease, claim, limit)
 	if err != nil || len(jobs) == 0 {
-		return 0, wrap("claim due images", err)
+		return 0, wrap(err, "claim due images")
 	}
 	point("claimed")
 	refused, publishErr := publish(ctx, jobs)
@@ -71,7 +71,7 @@ func (s *store) DispatchDue(ctx context.Context, limit int, publish func(context
 		return err
 	})
 	point("marked as published")
-	return len(jobs), errors.Join(publishErr, wrap("mark images as published", err))
+	return len(jobs), errors.Join(publishErr, wrap(err, "mark images as published"))
 }
 
 func scanJob(r rows) (Job, error) {
@@ -112,10 +112,10 @@ func (s *store) RequeueAll(ctx context.Context) (int64, error) {
 	defer cancel()
 	ids, err := queryIDs(ctx, s, selectPublished)
 	if err != nil {
-		return 0, wrap("read published images", err)
+		return 0, wrap(err, "read published images")
 	}
 	n, err := s.inChunks(ctx, requeueAll, ids, s.now())
-	return n, wrap("requeue all published images", err)
+	return n, wrap(err, "requeue all published images")
 }
 
 const requeuePublished = `
@@ -130,7 +130,7 @@ WHERE id IN (SELECT id FROM images WHERE id IN (SELECT id FROM batch) AND status
 func (s *store) RequeuePublished(ctx context.Context, age time.Duration) (int64, error) {
 	now := s.now()
 	n, err := s.inBatches(ctx, requeuePublished, now, now.Add(-age))
-	return n, wrap("requeue published images", err)
+	return n, wrap(err, "requeue published images")
 }
 
 const selectPending = `SELECT ` + imageColumns + ` FROM images i WHERE i.id = $1 AND i.status = 'pending'`
@@ -140,7 +140,7 @@ const selectPending = `SELECT ` + imageColumns + ` FROM images i WHERE i.id = $1
 func (s *store) PendingImage(ctx context.Context, id int64) (Image, error) {
 	var i Image
 	err := queryRow(ctx, s, imageTargets(&i), selectPending, id)
-	return i, wrap(fmt.Sprintf("read image %d", id), err)
+	return i, wrap(err, "read image %d", id)
 }
 
 // garbageGrace is how long an uploaded object may wait for its image to be
@@ -179,7 +179,7 @@ func (s *store) ReserveObject(ctx context.Context, imageID int64, keys ...string
 		}
 		return nil
 	})
-	return wrap(fmt.Sprintf("reserve objects of image %d", imageID), err)
+	return wrap(err, "reserve objects of image %d", imageID)
 }
 
 const lockPending = selectPending + ` FOR UPDATE`
@@ -247,7 +247,7 @@ func (s *store) SettleReady(ctx context.Context, job Job, done Image) (version i
 		}
 		return n, discardObjects(ctx, tx, without(held, done.keys()), s.now().Add(overtakenTime))
 	})
-	return version, wrap(fmt.Sprintf("settle image %d", job.ID), err)
+	return version, wrap(err, "settle image %d", job.ID)
 }
 
 // claimObjects takes reserved objects out of the garbage.
@@ -278,7 +278,7 @@ func (s *store) DiscardUnwanted(ctx context.Context, imageID int64, keys []strin
 		}
 		return discardObjects(ctx, tx, without(keys, i.keys()), s.now())
 	})
-	return wrap(fmt.Sprintf("discard objects of image %d", imageID), err)
+	return wrap(err, "discard objects of image %d", imageID)
 }
 
 // failure is a failed try of an image.
@@ -320,7 +320,7 @@ func (s *store) SettleFailed(ctx context.Context, job Job, f failure) (version i
 		return tx.Exec(ctx, `INSERT INTO image_attempts (image_id, failed_at, duration_ms, code, detail) VALUES ($1, $2, $3, $4, $5)`,
 			job.ID, now, f.Duration.Milliseconds(), f.Code, f.Detail)
 	})
-	return version, wrap(fmt.Sprintf("settle failed image %d", job.ID), err)
+	return version, wrap(err, "settle failed image %d", job.ID)
 }
 
 const selectPutOff = `SELECT put_off FROM images WHERE id = $1 AND status = 'pending' FOR UPDATE`
@@ -343,7 +343,7 @@ func (s *store) PutOff(ctx context.Context, id int64) error {
 		_, err := tx.Exec(ctx, `UPDATE images SET run_at = $2, claim = 0, put_off = $3, lone_starts = 0 WHERE id = $1`, id, due, times+1)
 		return err
 	})
-	return wrap(fmt.Sprintf("put off image %d", id), err)
+	return wrap(err, "put off image %d", id)
 }
 
 // settle applies a change of one image and raises its product's version, or
@@ -395,9 +395,9 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 	defer cancel()
 	now := s.now()
 	until := now.Add(deletingTime)
-	keys, err := changed(ctx, s, scanOne[string], claimGarbage, now, until, limit)
+	keys, err := updateReturning(ctx, s, scanOne[string], claimGarbage, now, until, limit)
 	if err != nil || len(keys) == 0 {
-		return 0, wrap("claim garbage", err)
+		return 0, wrap(err, "claim garbage")
 	}
 	point("garbage claimed")
 	var failed error
@@ -409,21 +409,13 @@ func (s *store) CollectGarbage(ctx context.Context, limit int, remove func(ctx c
 		point("object deleted")
 		_, err := s.Exec(ctx, `DELETE FROM garbage WHERE object_key = $1 AND deleting AND delete_at = $2`, key, until)
 		if err != nil {
-			return len(keys), wrap("forget garbage", err)
+			return len(keys), wrap(err, "forget garbage")
 		}
 		point("garbage forgotten")
 	}
 	if failed != nil {
 		_, err := s.Exec(ctx, `UPDATE garbage SET delete_at = $1 WHERE deleting AND delete_at = $2`, s.now().Add(garbageRetry), until)
-		failed = errors.Join(failed, wrap("give garbage back", err))
+		failed = errors.Join(failed, wrap(err, "give garbage back"))
 	}
 	return len(keys), failed
-}
-
-// wrap says what went wrong, if anything did.
-func wrap(doing string, err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("%s: %w", doing, err)
 }

@@ -159,7 +159,7 @@ func TestStoreDispatchesAgainWhatADeadDispatcherHadClaimed(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
 		create(t, s, "a")
-		if _, err := changed(t.Context(), s, scanJob, claimDue, s.now(), s.now().Add(leaseTime), int64(1), 10); err != nil {
+		if _, err := updateReturning(t.Context(), s, scanJob, claimDue, s.now(), s.now().Add(leaseTime), int64(1), 10); err != nil {
 			t.Fatal(err) // a claim whose process is killed here
 		}
 		if jobs := publishDue(t, s); len(jobs) != 0 {

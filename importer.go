@@ -27,8 +27,7 @@ type importer struct {
 	await  func()                 // is called before more of the import is waited for
 	write  func(result any) error
 	flush  func() error   // hands over what was written
-	stored func(id int64) // is told of each new product
-	wake   func()         // images are due
+	stored func(id int64) // is told of each product that is there now, whose images may be due
 	from   origin
 	key    string // under which each row is imported once, however often the import is sent; "": none
 
@@ -181,7 +180,6 @@ func (im *importer) storeBatch(ctx context.Context) error {
 			return err
 		}
 	}
-	im.wake()
 	im.batch, im.lines = im.batch[:0], im.lines[:0]
 	return im.flush()
 }

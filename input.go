@@ -333,8 +333,8 @@ func (in *bodyFields) images(value json.RawMessage) []Image {
 			in.wrong(field, "must be a string")
 			continue
 		}
-		if problem := checkURL(*source); problem != "" {
-			in.wrong(field, "%s", problem)
+		if _, err := parseURL(*source); err != nil {
+			in.wrong(field, "%v", err)
 		}
 		images[n] = Image{Position: n, Source: *source}
 	}

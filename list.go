@@ -128,7 +128,7 @@ func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error
 		return nil, err
 	}
 	products, err := scanProducts(s.QueryOnce(ctx, sql, args...))
-	return products, wrap("list products", err)
+	return products, wrap(err, "list products")
 }
 
 // sql puts the query together. Values go in as parameters, but the limit, which

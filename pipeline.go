@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,8 +22,9 @@ type consumer interface {
 
 // blobs keeps the compressed images.
 type blobs interface {
-	// Put stores an object; storing the same once more changes nothing.
-	Put(ctx context.Context, key, contentType string, data []byte) error
+	// Put stores an object, of the type that its key ends in; storing the same once
+	// more changes nothing.
+	Put(ctx context.Context, key string, data []byte) error
 	// Delete deletes an object; that there is none is no error.
 	Delete(ctx context.Context, key string) error
 }
@@ -363,7 +363,7 @@ func (p *pipeline) tryToStore(ctx context.Context, w *work) error {
 	}
 	point("object reserved")
 	for n, out := range w.outputs {
-		if err := p.blobs.Put(ctx, keys[n], out.ContentType, out.Data); err != nil {
+		if err := p.blobs.Put(ctx, keys[n], out.Data); err != nil {
 			return err
 		}
 		point("object stored")
@@ -517,14 +517,6 @@ func (s imageSettings) failed(why *imageError, attempt int, now time.Time) failu
 	return f
 }
 
-// backoff is how long to wait after the given number of failed tries: a random
-// time up to base doubled with each ("full jitter", AWS Architecture Blog,
-// "Exponential Backoff And Jitter").
-func backoff(base time.Duration, tries int) time.Duration {
-	// Doubled 20 times the shortest base reaches the limit, and the longest fits.
-	return rand.N(min(base<<min(tries-1, 20), maxRetryDelay) + 1)
-}
-
 // The wait between the tries of a step that fails through our own parts.
 const (
 	minPersistDelay = 100 * time.Millisecond
@@ -535,7 +527,8 @@ const (
 // outages are not the image's fault and cost it no attempt. It gives up when ctx
 // ends, and at once when the image is no longer wanted or is to be put off.
 func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error {
-	for delay := minPersistDelay; ; delay = min(2*delay, maxPersistDelay) {
+	pace := retryPace{least: minPersistDelay, most: maxPersistDelay}
+	for {
 		err := do()
 		if err == nil || errors.Is(err, errNotFound) || errors.Is(err, errPutOff) {
 			return err
@@ -543,6 +536,7 @@ func (p *pipeline) persist(ctx context.Context, w *work, do func() error) error 
 		if ctx.Err() != nil {
 			return fmt.Errorf("%w: %w", ctx.Err(), err)
 		}
+		delay := pace.next()
 		w.log.Warn("waiting for the database or the storage", "retry_in", delay, "err", err)
 		_ = sleep(ctx, delay)
 	}

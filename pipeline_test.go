@@ -125,8 +125,8 @@ type awayBlobs struct{}
 
 var errAway = errors.New("away")
 
-func (awayBlobs) Put(context.Context, string, string, []byte) error { return errAway }
-func (awayBlobs) Delete(context.Context, string) error              { return errAway }
+func (awayBlobs) Put(context.Context, string, []byte) error { return errAway }
+func (awayBlobs) Delete(context.Context, string) error      { return errAway }
 
 // While the storage is away for hours, or does not delete what is in the way, no
 // delivery is held until the broker takes it back, which counts against the image:

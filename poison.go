@@ -34,15 +34,15 @@ const countLoneStart = `UPDATE images SET lone_starts = lone_starts + 1 WHERE id
 // CountLoneStart notes that a pending image is about to be started, with nothing
 // else in hand if it is a suspect, and answers how many such starts in a row that makes. errNotFound
 // as for PendingImage.
-func (s *store) CountLoneStart(ctx context.Context, id int64) (starts int, err error) {
-	err = changedRow(ctx, s, []any{&starts}, countLoneStart, id)
-	return starts, wrap(fmt.Sprintf("count start of image %d", id), err)
+func (s *store) CountLoneStart(ctx context.Context, id int64) (int, error) {
+	starts, err := only(updateReturning(ctx, s, scanOne[int], countLoneStart, id))
+	return starts, wrap(err, "count start of image %d", id)
 }
 
 // ForgetLoneStarts notes that an image was given back by a worker that lives.
 func (s *store) ForgetLoneStarts(ctx context.Context, id int64) error {
 	_, err := s.Exec(ctx, `UPDATE images SET lone_starts = 0 WHERE id = $1 AND status = 'pending'`, id)
-	return wrap(fmt.Sprintf("forget starts of image %d", id), err)
+	return wrap(err, "forget starts of image %d", id)
 }
 
 const reviveGivenUp = `
@@ -60,7 +60,9 @@ RETURNING lone_starts, attempts`
 func (s *store) ReviveGivenUp(ctx context.Context, job Job, published time.Time) (version int64, err error) {
 	var starts, attempts int
 	// A job is marked as published after its message was made, within the lease.
-	err = changedRow(ctx, s, []any{&starts, &attempts}, reviveGivenUp, job.ID, published.UTC().Add(leaseTime), s.now())
+	err = s.InTx(ctx, func(tx querier) error {
+		return queryRow(ctx, tx, []any{&starts, &attempts}, reviveGivenUp, job.ID, published.UTC().Add(leaseTime), s.now())
+	})
 	if err != nil {
 		return 0, fmt.Errorf("revive image %d: %w", job.ID, err)
 	}

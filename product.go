@@ -8,13 +8,21 @@ import (
 )
 
 // The errors of the store, which every other part tests for with errors.Is.
-// Driver errors become one of these in store.go and embedded.go and nowhere else.
+// Driver errors become one of these in postgres.go and embedded.go and nowhere else.
 var (
 	errNotFound    = errors.New("not found")
 	errUnknownUser = errors.New("unknown user")
 	errStale       = errors.New("version does not match")
 	errUnavailable = errors.New("database unavailable")
 )
+
+// wrap says what went wrong, if anything did.
+func wrap(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), err) // a form in which go vet checks the arguments of wrap
+}
 
 // Product is a shop's product. Its version grows with every change, the
 // pipeline's too, and is what ETag, cache and If-Match are made from.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"slices"
 	"strconv"
 	"sync"
@@ -524,53 +523,6 @@ func decodeJob(body []byte) (Job, error) {
 		return Job{}, errors.New("decode job: no job or no product id")
 	}
 	return job, nil
-}
-
-// retryPace spaces out tries: doubling from least to most, the later half of
-// each pause at random, so that many instances do not come back in step.
-type retryPace struct {
-	least, most time.Duration
-	pause       time.Duration
-}
-
-func (r *retryPace) next() time.Duration {
-	r.pause = min(max(2*r.pause, r.least), r.most)
-	return r.pause/2 + rand.N(r.pause/2+1)
-}
-
-func (r *retryPace) reset() { r.pause = 0 }
-
-// wait lets the next pause pass, or ctx end.
-func (r *retryPace) wait(ctx context.Context) { _ = sleep(ctx, r.next()) }
-
-// healthLog logs when a fault begins or becomes another, and when it is over, so
-// that an hour without a broker is a few lines.
-type healthLog struct {
-	log  *slog.Logger
-	kind string // of the present fault, "" while all is well
-}
-
-func (h *healthLog) fault(kind, message string, err error) {
-	if h.kind != kind {
-		h.log.Warn(message, "err", err)
-	}
-	h.kind = kind
-}
-
-// note logs what came of one round of work that has one kind of fault. That a round
-// failed as ctx ended says nothing.
-func (h *healthLog) note(ctx context.Context, err error, failing, mended string) {
-	switch {
-	case err != nil && ctx.Err() == nil:
-		h.fault(failing, failing, err)
-	case err == nil && h.kind != "":
-		h.mended(mended)
-	}
-}
-
-func (h *healthLog) mended(message string) {
-	h.log.Info(message)
-	h.kind = ""
 }
 
 // faultKind tells faults of the broker apart without the ports and times that

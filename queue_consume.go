@@ -111,7 +111,7 @@ func settleMessage(message amqp.Delivery, v verdict) error {
 	case verdictReleased:
 		err = message.Reject(true)
 	}
-	return wrap("settle message "+message.MessageId, err)
+	return wrap(err, "settle message %s", message.MessageId)
 }
 
 // amqpConsumer is a subscription to the work queue.
@@ -150,14 +150,14 @@ func (c *amqpConsumer) subscribe(ctx context.Context) error {
 		c.messages, err = c.ch.Consume(workQueueName, consumerTag, false, false, false, false, nil)
 		return err
 	})
-	return wrap("consume from "+workQueueName, err)
+	return wrap(err, "consume from %s", workQueueName)
 }
 
 // cancel stops the subscription; messages that are here already can be read, and
 // c.messages is closed behind them.
 func (c *amqpConsumer) cancel() error {
 	err := c.link.call(context.Background(), func() error { return c.ch.Cancel(consumerTag, false) })
-	return wrap("stop consuming", err)
+	return wrap(err, "stop consuming")
 }
 
 // errPassedOver is the error of a subscription to a queue that is no more, while

@@ -100,7 +100,7 @@ func (s *deadSweep) lock(ctx context.Context) error {
 	if broker, ok := errors.AsType[*amqp.Error](err); ok && broker.Code == amqp.ResourceLocked {
 		return errSweepTaken
 	}
-	return wrap("lock the dead queue", err)
+	return wrap(err, "lock the dead queue")
 }
 
 // read reads as many messages as there are now. Fewer are an error: someone else
@@ -142,7 +142,7 @@ func (s *deadSweep) subscribe(ctx context.Context) (messages <-chan amqp.Deliver
 		messages, err = ch.Consume(deadQueueName, consumerTag, false, false, false, false, nil)
 		return err
 	})
-	return messages, wrap("consume from "+deadQueueName, err)
+	return messages, wrap(err, "consume from %s", deadQueueName)
 }
 
 // receiveBatch takes exactly n messages, or answers an error with fewer.
@@ -231,7 +231,7 @@ func (s *deadSweep) addMissing(ctx context.Context, dead iter.Seq2[Job, error]) 
 			point("dead copies added")
 		}
 		missing = missing[:0]
-		return wrap("add missing dead copies", err)
+		return wrap(err, "add missing dead copies")
 	}
 	for job, err := range dead {
 		if err != nil {

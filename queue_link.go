@@ -153,7 +153,7 @@ func (l *amqpLink) waiting(ctx context.Context) (int, error) {
 	if err == nil && !exists {
 		return 0, errNoQueue
 	}
-	return n, wrap("count waiting jobs", err)
+	return n, wrap(err, "count waiting jobs")
 }
 
 // declare makes a durable queue, or checks that the one there has these arguments.
@@ -163,5 +163,5 @@ func (l *amqpLink) declare(ctx context.Context, name string, args amqp.Table) er
 		_, err := ch.QueueDeclare(name, true, false, false, false, args)
 		return err
 	})
-	return wrap("declare queue "+name, err)
+	return wrap(err, "declare queue %s", name)
 }

@@ -36,13 +36,13 @@ func (s *store) MadeImages(ctx context.Context, f madeFilter, after int64, limit
 	c.add("i.id > ?", after)
 	r, err := s.QueryOnce(ctx, fmt.Sprintf("SELECT i.id FROM images i WHERE %s ORDER BY i.id LIMIT %d", c, limit), c.args...)
 	ids, err := collect(r, err, scanOne[int64])
-	return ids, wrap("list images", err)
+	return ids, wrap(err, "list images")
 }
 
 // CountMade answers how many images f selects.
 func (s *store) CountMade(ctx context.Context, f madeFilter) (int, error) {
 	n, err := s.countImages(ctx, f.where())
-	return n, wrap("count images", err)
+	return n, wrap(err, "count images")
 }
 
 const (
@@ -61,7 +61,7 @@ WHERE product_id = $1 AND ` + isMade
 // also with an error: see versionsNow.
 func (s *store) Reprocess(ctx context.Context, ids []int64, from origin) (queued int, changed []productVersion, err error) {
 	queued, changed, err = s.queueAnew(ctx, ids, from, selectMadeProducts, reprocessMade)
-	return queued, changed, wrap(fmt.Sprintf("reprocess %d images", len(ids)), err)
+	return queued, changed, wrap(err, "reprocess %d images", len(ids))
 }
 
 // ReprocessProduct is Reprocess for all images of a product. If there are none
@@ -84,14 +84,14 @@ func (s *store) ReprocessProduct(ctx context.Context, id int64, from origin, all
 		_, err = tx.Exec(ctx, `UPDATE products SET version = $2, updated_at = $3 WHERE id = $1`, id, version, now)
 		return err
 	})
-	return queued, version, wrap(fmt.Sprintf("reprocess product %d", id), err)
+	return queued, version, wrap(err, "reprocess product %d", id)
 }
 
 // reprocess queues every image anew that the filter selects, each once; as replay
 // does with dead letters.
 func reprocess(ctx context.Context, db *store, f madeFilter, from origin, rate int, invalidate func(id, version int64)) (queued int, err error) {
 	page := func(after int64, limit int) ([]int64, error) { return db.MadeImages(ctx, f, after, limit) }
-	return inBatches(ctx, rate, page, func(ids []int64) (int, error) {
+	return eachPage(ctx, rate, page, func(ids []int64) (int, error) {
 		n, changed, err := db.Reprocess(ctx, ids, from)
 		tell(changed, invalidate)
 		return n, err

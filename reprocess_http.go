@@ -20,7 +20,7 @@ func (s *server) reprocessImages(ctx context.Context, w http.ResponseWriter, r *
 	}
 	if n > 0 {
 		s.invalidate(id, version)
-		s.afterReplay() // some of them may have been dead letters
+		s.queuedAnew()
 	}
 	writeJSON(w, http.StatusAccepted, reprocessedJSON{n})
 	return nil

@@ -262,59 +262,16 @@ func scanRecord(state *quoting, chunk []byte) int {
 	return 0
 }
 
-// splitCSV takes a record apart. encoding/csv reads the same, but changes each
-// CRLF within quotes to LF, which a description would not survive.
-func splitCSV(record string) (fields []string, err error) {
-	for {
-		field, rest, err := cutField(record)
-		if err != nil {
-			return nil, err
-		}
-		fields = append(fields, field)
-		if rest == "" {
-			return fields, nil
-		}
-		record = rest[len(","):]
-	}
-}
-
 var errCSV = &badJSON{detail: "the row is not valid CSV: a quote belongs at the beginning and the end of a field, and is doubled within"}
 
-// cutField takes the first field off a record. rest begins with the comma behind
-// it, or is empty.
-func cutField(record string) (field, rest string, err error) {
-	if text, isQuoted := strings.CutPrefix(record, `"`); isQuoted {
-		return unquote(text)
+// splitCSV takes a record apart. encoding/csv drops a CR before each newline, within
+// quotes too, where a description would not survive it: so each gets one more.
+func splitCSV(record string) ([]string, error) {
+	fields, err := csv.NewReader(strings.NewReader(strings.ReplaceAll(record+"\n", "\n", "\r\n"))).Read()
+	if err != nil && err != io.EOF { // of a blank one, which has no fields
+		return nil, errCSV
 	}
-	end := strings.IndexByte(record, ',')
-	if end < 0 {
-		end = len(record)
-	}
-	if strings.Contains(record[:end], `"`) {
-		return "", "", errCSV
-	}
-	return record[:end], record[end:], nil
-}
-
-// unquote is cutField for a field whose first quote has been taken off.
-func unquote(text string) (field, rest string, err error) {
-	var parts strings.Builder
-	for {
-		part, behind, found := strings.Cut(text, `"`)
-		if !found {
-			return "", "", errCSV
-		}
-		parts.WriteString(part)
-		switch {
-		case strings.HasPrefix(behind, `"`):
-			parts.WriteByte('"')
-			text = behind[1:]
-		case behind == "" || behind[0] == ',':
-			return parts.String(), behind, nil
-		default:
-			return "", "", errCSV
-		}
-	}
+	return fields, nil
 }
 
 // productRow is a row as NDJSON has it.

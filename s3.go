@@ -69,7 +69,7 @@ func newS3Blobs(ctx context.Context, bucket, publicURL string, getenv func(strin
 	}
 	client := s3.NewFromConfig(cfg, func(o *s3.Options) {
 		if endpoint != "" {
-			o.BaseEndpoint = aws.String(endpoint)
+			o.BaseEndpoint = new(endpoint)
 		}
 		o.UsePathStyle = o.BaseEndpoint != nil
 		if o.Region == "" && o.BaseEndpoint != nil {
@@ -125,10 +125,10 @@ func bucketURL(ctx context.Context, o s3.Options, bucket string) (string, error)
 		return "", errors.New("AWS_REGION is not set")
 	}
 	endpoint, err := o.EndpointResolverV2.ResolveEndpoint(ctx, s3.EndpointParameters{
-		Bucket:         aws.String(bucket),
-		Region:         aws.String(o.Region),
+		Bucket:         new(bucket),
+		Region:         new(o.Region),
 		Endpoint:       o.BaseEndpoint,
-		ForcePathStyle: aws.Bool(o.UsePathStyle),
+		ForcePathStyle: new(o.UsePathStyle),
 	})
 	if err != nil {
 		return "", fmt.Errorf("resolve url of bucket %s: %w", bucket, err)
@@ -138,33 +138,33 @@ func bucketURL(ctx context.Context, o s3.Options, bucket string) (string, error)
 
 // Put stores an object. It is handed to the SDK as something that can be read
 // again, for the retries, the signature and the checksum.
-func (b *s3Blobs) Put(ctx context.Context, key, contentType string, data []byte) error {
+func (b *s3Blobs) Put(ctx context.Context, key string, data []byte) error {
 	_, err := b.client.PutObject(ctx, &s3.PutObjectInput{
-		Bucket:       aws.String(b.bucket),
-		Key:          aws.String(key),
+		Bucket:       new(b.bucket),
+		Key:          new(key),
 		Body:         bytes.NewReader(data),
-		ContentType:  aws.String(contentType),
-		CacheControl: aws.String(blobCacheControl),
+		ContentType:  new(mediaType(key)),
+		CacheControl: new(blobCacheControl),
 	})
-	return wrap("put blob "+key, err)
+	return wrap(err, "put blob %s", key)
 }
 
 // Delete removes an object. That it is not there is fine.
 func (b *s3Blobs) Delete(ctx context.Context, key string) error {
 	_, err := b.client.DeleteObject(ctx, &s3.DeleteObjectInput{
-		Bucket: aws.String(b.bucket),
-		Key:    aws.String(key),
+		Bucket: new(b.bucket),
+		Key:    new(key),
 	})
 	if answer, ok := errors.AsType[smithy.APIError](err); ok && answer.ErrorCode() == "NoSuchKey" { // S3 itself says 204
 		return nil
 	}
-	return wrap("delete blob "+key, err)
+	return wrap(err, "delete blob %s", key)
 }
 
 // Ping reports whether the bucket is there and may be used.
 func (b *s3Blobs) Ping(ctx context.Context) error {
-	_, err := b.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: aws.String(b.bucket)})
-	return wrap("head bucket "+b.bucket, err)
+	_, err := b.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: new(b.bucket)})
+	return wrap(err, "head bucket %s", b.bucket)
 }
 
 // URL returns where clients get an object.

@@ -110,11 +110,10 @@ func (a *app) open(ctx context.Context) (err error) {
 		return err
 	}
 	a.openQueue()
-	blobsPing, err := a.openBlobs(ctx)
-	if err != nil {
+	a.parts = []part{{"store", true, a.store.Ping}, {"queue", false, a.queue.Ping}}
+	if err := a.openBlobs(ctx); err != nil {
 		return err
 	}
-	a.parts = []part{{"store", true, a.store.Ping}, {"queue", false, a.queue.Ping}, {"blobs", false, blobsPing}}
 	if err := a.openReader(); err != nil {
 		return err
 	}
@@ -177,14 +176,15 @@ func (a *app) openQueue() {
 	}
 }
 
-func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, err error) {
+func (a *app) openBlobs(ctx context.Context) error {
 	if a.S3Bucket != "" {
 		s3, err := newS3Blobs(ctx, a.S3Bucket, a.S3PublicURL, a.getenv)
 		if err != nil {
-			return nil, usageError{fmt.Errorf("open S3: %w", err)} // it asks no server yet
+			return usageError{fmt.Errorf("open S3: %w", err)} // it asks no server yet
 		}
 		a.blobs, a.encoder = s3, encoder{s3.URL}
-		return s3.Ping, nil
+		a.parts = append(a.parts, part{"blobs", false, s3.Ping})
+		return nil
 	}
 	base := a.PublicURL
 	if base == "" && a.name != "worker" {
@@ -192,10 +192,11 @@ func (a *app) openBlobs(ctx context.Context) (ping func(context.Context) error, 
 	}
 	files, err := newFileBlobs(filepath.Join(a.DataDir, "media"), base)
 	if err != nil {
-		return nil, fmt.Errorf("open the images in %s: %w", a.DataDir, err)
+		return fmt.Errorf("open the images in %s: %w", a.DataDir, err)
 	}
 	a.blobs, a.encoder, a.media = files, encoder{files.URL}, files
-	return files.Ping, nil
+	a.parts = append(a.parts, part{"blobs", false, files.Ping})
+	return nil
 }
 
 // openReader makes what reads products, with the cache that the settings name, if
@@ -333,7 +334,8 @@ const migrateInterval = time.Second
 // migrate brings the database to this program's schema as soon as it can be
 // reached. An error that waiting does not mend ends the program.
 func (a *app) migrate(ctx context.Context) error {
-	for said := false; ; said = true {
+	health := healthLog{log: a.log}
+	for {
 		err := a.store.Migrate(ctx)
 		if err == nil {
 			close(a.migrated)
@@ -345,9 +347,7 @@ func (a *app) migrate(ctx context.Context) error {
 		if !errors.Is(err, errUnavailable) {
 			return fmt.Errorf("prepare the database: %w", err)
 		}
-		if !said {
-			a.log.Warn("database is away, retrying", "err", err)
-		}
+		health.fault("away", "database is away, retrying", err)
 		_ = sleep(ctx, migrateInterval)
 	}
 }
@@ -412,20 +412,20 @@ func newWebServer(handler http.Handler, log *slog.Logger) *http.Server {
 // within the grace period.
 func (a *app) serveHTTP(ctx context.Context) error {
 	s := &server{
-		store:      a.store,
-		products:   a.reader,
-		encoder:    a.encoder,
-		wake:       a.dispatcher.Wake,
-		invalidate: a.changed,
-		replayed:   a.deadChanged,
-		parts:      a.parts,
-		console:    newConsole(),
-		monitor:    a.monitor,
-		feed:       a.feed,
-		authOn:     a.Auth,
-		patience:   bulkPatience,
-		log:        a.log,
-		stopping:   make(chan struct{}),
+		store:       a.store,
+		products:    a.reader,
+		encoder:     a.encoder,
+		wake:        a.dispatcher.Wake,
+		invalidate:  a.changed,
+		deadChanged: a.deadChanged,
+		parts:       a.parts,
+		console:     newConsole(),
+		monitor:     a.monitor,
+		feed:        a.feed,
+		authOn:      a.Auth,
+		patience:    bulkPatience,
+		log:         a.log,
+		stopping:    make(chan struct{}),
 	}
 	s.limits.set(a.Limits)
 	if a.media != nil {

@@ -151,7 +151,7 @@ func (c *soakClient) askWith(header http.Header, method, path string, body, out 
 	if err == nil && !slices.Contains(want, response.StatusCode) {
 		err = errors.New(response.Status)
 	}
-	return wrap(method+" "+path, err)
+	return wrap(err, "%s %s", method, path)
 }
 
 // create makes a product with images of these kinds, see chaosHost.

@@ -104,6 +104,12 @@ func queryRow(ctx context.Context, q querier, dest []any, sql string, args ...an
 	return r.Err()
 }
 
+// query scans every row of a result.
+func query[T any](ctx context.Context, q querier, scan func(rows) (T, error), sql string, args ...any) ([]T, error) {
+	r, err := q.Query(ctx, sql, args...)
+	return collect(r, err, scan)
+}
+
 // collect scans every row of a result. Of one that ended in an error nothing is
 // answered: nobody must take a part for the whole.
 func collect[T any](r rows, err error, scan func(rows) (T, error)) ([]T, error) {
@@ -142,20 +148,13 @@ func only[T any](all []T, err error) (one T, _ error) {
 	return all[0], nil
 }
 
-// changed runs an UPDATE in a transaction of its own and scans what it returns.
-func changed[T any](ctx context.Context, s *store, scan func(rows) (T, error), sql string, args ...any) (all []T, err error) {
+// updateReturning runs an UPDATE in a transaction of its own and scans what it returns.
+func updateReturning[T any](ctx context.Context, s *store, scan func(rows) (T, error), sql string, args ...any) (all []T, err error) {
 	err = s.InTx(ctx, func(tx querier) error {
-		r, err := tx.Query(ctx, sql, args...)
-		all, err = collect(r, err, scan)
+		all, err = query(ctx, tx, scan, sql, args...)
 		return err
 	})
 	return all, err
-}
-
-// changedRow runs an UPDATE in a transaction of its own and scans the row that it
-// returns into dest, or answers errNotFound.
-func changedRow(ctx context.Context, s *store, dest []any, sql string, args ...any) error {
-	return s.InTx(ctx, func(tx querier) error { return queryRow(ctx, tx, dest, sql, args...) })
 }
 
 // productColumns are those of a product p joined with one of its images i, if
@@ -210,23 +209,23 @@ func scanProducts(r rows, err error) ([]Product, error) {
 	return products, nil
 }
 
-const selectProduct = `
-SELECT ` + productColumns + `
-FROM products p LEFT JOIN images i ON i.product_id = p.id
-WHERE p.id = $1
-ORDER BY i.position`
-
-// ProductsByID reads the products that there are of some ids.
-func (s *store) ProductsByID(ctx context.Context, ids []int64) ([]Product, error) {
-	products, err := scanProducts(s.Query(ctx, selectProducts, ids))
-	return products, wrap("read products", err)
-}
-
 const selectProducts = `
 SELECT ` + productColumns + `
 FROM products p LEFT JOIN images i ON i.product_id = p.id
 WHERE p.id = ANY($1)
 ORDER BY p.id, i.position`
+
+// ProductsByID reads the products that there are of some ids.
+func (s *store) ProductsByID(ctx context.Context, ids []int64) ([]Product, error) {
+	products, err := scanProducts(s.Query(ctx, selectProducts, ids))
+	return products, wrap(err, "read products")
+}
+
+const selectProduct = `
+SELECT ` + productColumns + `
+FROM products p LEFT JOIN images i ON i.product_id = p.id
+WHERE p.id = $1
+ORDER BY i.position`
 
 // Product reads one product.
 func (s *store) Product(ctx context.Context, id int64) (Product, error) {
@@ -235,7 +234,7 @@ func (s *store) Product(ctx context.Context, id int64) (Product, error) {
 
 func product(ctx context.Context, q querier, id int64) (Product, error) {
 	p, err := only(scanProducts(q.Query(ctx, selectProduct, id)))
-	return p, wrap(fmt.Sprintf("read product %d", id), err)
+	return p, wrap(err, "read product %d", id)
 }
 
 // origin is where a change came from: it goes with the images that it queues,
@@ -268,7 +267,7 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 	now := s.now()
 	p.Version, p.CreatedAt, p.UpdatedAt = 1, now, now
 	err := s.InTx(ctx, func(tx querier) error {
-		if done, err := once.replay(ctx, tx, p.UserID, now); done || err != nil {
+		if done, err := once.claim(ctx, tx, p.UserID, now); done || err != nil {
 			return err
 		}
 		err := queryRow(ctx, tx, []any{&p.ID}, insertProduct,
@@ -276,7 +275,8 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 		if err != nil {
 			return err
 		}
-		if err := insertImages(ctx, tx, p, p.Images, from, now); err != nil {
+		p.Images, _, _ = matchImages(nil, p.Images) // all new, and the caller's slice stays as it is
+		if err := insertImages(ctx, tx, p, from, now); err != nil {
 			return err
 		}
 		return once.record(ctx, tx, p)
@@ -288,40 +288,35 @@ func (s *store) CreateProduct(ctx context.Context, p Product, from origin, once 
 	return p, nil
 }
 
-// insertImages queues new images of a product, due at once, and sets their ids.
-func insertImages(ctx context.Context, tx querier, p Product, images []Image, from origin, now time.Time) error {
-	if len(images) == 0 {
-		return nil
-	}
-	sql := strings.Builder{}
-	sql.WriteString(`INSERT INTO images (product_id, user_id, run_at, request_id, traceparent, position, source, host, port) VALUES `)
+// insertImages queues those of a product's images that are new, due at once, and
+// sets their ids.
+func insertImages(ctx context.Context, tx querier, p Product, from origin, now time.Time) error {
+	var values []string
 	args := []any{p.ID, p.UserID, now, from.RequestID, from.Traceparent}
-	for n, image := range images {
-		if n > 0 {
-			sql.WriteByte(',')
+	for _, image := range p.Images {
+		if image.ID != 0 {
+			continue
 		}
 		host, port := sourceHost(image.Source)
-		fmt.Fprintf(&sql, "($1,$2,$3,$4,$5,$%d,$%d,$%d,$%d)", len(args)+1, len(args)+2, len(args)+3, len(args)+4)
+		n := len(args)
+		values = append(values, fmt.Sprintf("($1,$2,$3,$4,$5,$%d,$%d,$%d,$%d)", n+1, n+2, n+3, n+4))
 		args = append(args, image.Position, image.Source, host, port)
 	}
-	sql.WriteString(` RETURNING id, position`)
-	r, err := tx.Query(ctx, sql.String(), args...)
-	ids, err := collect(r, err, func(r rows) (Image, error) {
-		var i Image
-		err := r.Scan(&i.ID, &i.Position)
-		return i, err
-	})
-	if err != nil {
-		return err
+	if values == nil {
+		return nil
 	}
-	for _, inserted := range ids {
-		for n := range images {
-			if images[n].Position == inserted.Position {
-				images[n].ID, images[n].Status = inserted.ID, imagePending
-			}
-		}
+	sql := `INSERT INTO images (product_id, user_id, run_at, request_id, traceparent, position, source, host, port) VALUES ` +
+		strings.Join(values, ",") + ` RETURNING id, position`
+	inserted, err := query(ctx, tx, scanInserted, sql, args...)
+	for _, image := range inserted {
+		p.Images[image.Position].ID, p.Images[image.Position].Status = image.ID, imagePending
 	}
-	return nil
+	return err
+}
+
+func scanInserted(r rows) (i Image, err error) {
+	err = r.Scan(&i.ID, &i.Position)
+	return i, err
 }
 
 const lockProduct = `SELECT version FROM products WHERE id = $1 FOR UPDATE`
@@ -349,10 +344,10 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		}
 		p = before
 		change(&p)
-		kept, added, dropped := matchImages(before.Images, p.Images)
-		moved := movedImages(before.Images, kept)
+		images, moved, dropped := matchImages(before.Images, p.Images)
+		p.Images = images
 		if p.Name == before.Name && p.Description == before.Description && p.Price == before.Price &&
-			len(added) == 0 && len(dropped) == 0 && len(moved) == 0 {
+			len(images) == len(before.Images) && len(moved) == 0 && len(dropped) == 0 {
 			p = before
 			return nil
 		}
@@ -371,11 +366,7 @@ func (s *store) UpdateProduct(ctx context.Context, id int64, from origin, allow 
 		if err := moveImages(ctx, tx, moved); err != nil {
 			return err
 		}
-		if err := insertImages(ctx, tx, p, added, from, p.UpdatedAt); err != nil {
-			return err
-		}
-		p.Images = inOrder(kept, added)
-		return nil
+		return insertImages(ctx, tx, p, from, p.UpdatedAt)
 	})
 	if err != nil {
 		return Product{}, fmt.Errorf("update product %d: %w", id, err)
@@ -394,45 +385,25 @@ func lockedProduct(ctx context.Context, tx querier, id int64) (Product, error) {
 	return product(ctx, tx, id)
 }
 
-// matchImages pairs the images that a product has with those that it is to
-// have, by source and in order: a source that stands twice is matched twice.
-// kept are the old images at their new positions.
-func matchImages(have, want []Image) (kept, added, dropped []Image) {
-	bySource := make(map[string][]Image)
-	for _, image := range have {
-		bySource[image.Source] = append(bySource[image.Source], image)
-	}
-	for position, image := range want {
-		if same := bySource[image.Source]; len(same) > 0 {
-			bySource[image.Source] = same[1:]
-			same[0].Position = position
-			kept = append(kept, same[0])
-		} else {
-			added = append(added, Image{Position: position, Source: image.Source})
+// matchImages is want with what is known of each source; what is new has no id. A
+// source that stands twice is matched twice, in order. moved are those that have got
+// another position, dropped is what is left over.
+func matchImages(have, want []Image) (images, moved, dropped []Image) {
+	dropped = slices.Clone(have)
+	for position, wanted := range want {
+		image := Image{Position: position, Source: wanted.Source}
+		at := slices.IndexFunc(dropped, func(i Image) bool { return i.Source == wanted.Source })
+		if at >= 0 {
+			image = dropped[at]
+			dropped = slices.Delete(dropped, at, at+1)
 		}
-	}
-	for _, image := range have {
-		for _, left := range bySource[image.Source] {
-			if left.ID == image.ID {
-				dropped = append(dropped, image)
-			}
-		}
-	}
-	return kept, added, dropped
-}
-
-// movedImages are the kept images that stand elsewhere than before.
-func movedImages(before, kept []Image) (moved []Image) {
-	position := make(map[int64]int)
-	for _, image := range before {
-		position[image.ID] = image.Position
-	}
-	for _, image := range kept {
-		if position[image.ID] != image.Position {
+		if image.Position != position {
+			image.Position = position
 			moved = append(moved, image)
 		}
+		images = append(images, image)
 	}
-	return moved
+	return images, moved, dropped
 }
 
 func moveImages(ctx context.Context, tx querier, moved []Image) error {
@@ -442,18 +413,6 @@ func moveImages(ctx context.Context, tx querier, moved []Image) error {
 		}
 	}
 	return nil
-}
-
-// inOrder puts a product's images back into one list by position.
-func inOrder(kept, added []Image) []Image {
-	all := make([]Image, len(kept)+len(added))
-	for _, image := range kept {
-		all[image.Position] = image
-	}
-	for _, image := range added {
-		all[image.Position] = image
-	}
-	return all
 }
 
 // lockImages locks a product's images in the order in which all lock them, those

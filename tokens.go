@@ -61,7 +61,7 @@ func (s *store) CreateToken(ctx context.Context, of caller) (string, error) {
 	sum := sumOf(token)
 	_, err := s.Exec(ctx, `INSERT INTO tokens (sha256, user_id, admin, created_at) VALUES ($1, $2, $3, $4)`,
 		sum[:], of.UserID, of.Admin, s.now())
-	return token, wrap("create token", err)
+	return token, wrap(err, "create token")
 }
 
 // The last use of a token is noted in steps, so that not every look-up writes.
@@ -86,7 +86,7 @@ func (s *store) TokenCaller(ctx context.Context, sum tokenSum) (caller, error) {
 		err = errNotFound
 	}
 	if err != nil {
-		return caller{}, wrap("look up token", err)
+		return caller{}, wrap(err, "look up token")
 	}
 	if now := s.now(); last == nil || last.Before(now.Add(-lastUseStep)) {
 		s.noteTokenUse(ctx, id, now)
@@ -108,15 +108,15 @@ SELECT t.id, t.user_id, u.name, t.admin, t.created_at, t.last_used_at
 FROM tokens t JOIN users u ON u.id = t.user_id
 ORDER BY t.id`
 
+func scanToken(r rows) (t apiToken, err error) {
+	err = r.Scan(&t.ID, &t.UserID, &t.UserName, &t.Admin, &t.CreatedAt, &t.LastUsed)
+	return t, err
+}
+
 // Tokens answers what is known of every token.
 func (s *store) Tokens(ctx context.Context) ([]apiToken, error) {
-	r, err := s.Query(ctx, selectTokens)
-	tokens, err := collect(r, err, func(r rows) (apiToken, error) {
-		var t apiToken
-		err := r.Scan(&t.ID, &t.UserID, &t.UserName, &t.Admin, &t.CreatedAt, &t.LastUsed)
-		return t, err
-	})
-	return tokens, wrap("list tokens", err)
+	tokens, err := query(ctx, s, scanToken, selectTokens)
+	return tokens, wrap(err, "list tokens")
 }
 
 // RevokeToken deletes a token, or answers errNotFound. Running instances accept
@@ -126,7 +126,7 @@ func (s *store) RevokeToken(ctx context.Context, id int64) error {
 	if err == nil && n == 0 {
 		err = errNotFound
 	}
-	return wrap(fmt.Sprintf("revoke token %d", id), err)
+	return wrap(err, "revoke token %d", id)
 }
 
 func listTokensCommand(p *program, ctx context.Context, flags *flag.FlagSet, args []string) error {

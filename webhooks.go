@@ -119,7 +119,7 @@ func (s *store) CreateWebhook(ctx context.Context, w webhook) (webhook, error) {
 		}
 		return queryRow(ctx, tx, []any{&w.ID}, insertWebhook, w.UserID, w.URL, w.Secret, w.CreatedAt, at.Tx, at.ID)
 	})
-	return w, wrap("create webhook", err)
+	return w, wrap(err, "create webhook")
 }
 
 const (
@@ -143,30 +143,29 @@ func (s *store) Webhooks(ctx context.Context, userID *int64) ([]webhook, error) 
 	if userID != nil {
 		sql, args = selectUserWebhooks, []any{*userID}
 	}
-	r, err := s.Query(ctx, sql, args...)
-	hooks, err := collect(r, err, scanWebhook)
-	return hooks, wrap("list webhooks", err)
+	hooks, err := query(ctx, s, scanWebhook, sql, args...)
+	return hooks, wrap(err, "list webhooks")
 }
 
 // Webhook reads one, or answers errNotFound.
 func (s *store) Webhook(ctx context.Context, id int64) (webhook, error) {
-	r, err := s.Query(ctx, selectWebhook, id)
-	hook, err := only(collect(r, err, scanWebhook))
-	return hook, wrap(fmt.Sprintf("read webhook %d", id), err)
+	hook, err := only(query(ctx, s, scanWebhook, selectWebhook, id))
+	return hook, wrap(err, "read webhook %d", id)
 }
 
 const selectFailedDeliveries = `
 SELECT event_id, product_id, attempts, failed_at, error_code, error_detail FROM deliveries
 WHERE webhook_id = $1 AND run_at IS NULL ORDER BY id DESC LIMIT $2`
 
+func scanFailedDelivery(r rows) (f failedDelivery, err error) {
+	err = r.Scan(&f.EventID, &f.ProductID, &f.Attempts, &f.FailedAt, &f.Code, &f.Detail)
+	return f, err
+}
+
 // FailedDeliveries reads the latest of those that were given up.
 func (s *store) FailedDeliveries(ctx context.Context, webhookID int64, limit int) ([]failedDelivery, error) {
-	r, err := s.Query(ctx, selectFailedDeliveries, webhookID, limit)
-	failed, err := collect(r, err, func(r rows) (f failedDelivery, err error) {
-		err = r.Scan(&f.EventID, &f.ProductID, &f.Attempts, &f.FailedAt, &f.Code, &f.Detail)
-		return f, err
-	})
-	return failed, wrap(fmt.Sprintf("read failed deliveries of webhook %d", webhookID), err)
+	failed, err := query(ctx, s, scanFailedDelivery, selectFailedDeliveries, webhookID, limit)
+	return failed, wrap(err, "read failed deliveries of webhook %d", webhookID)
 }
 
 // deleteDeliveries locks the webhook first, as failDeliveries does: else each could
@@ -186,7 +185,7 @@ func (s *store) DeleteWebhook(ctx context.Context, id int64) error {
 	if err == nil {
 		_, err = s.Exec(ctx, `DELETE FROM webhooks WHERE id = $1`, id)
 	}
-	return wrap(fmt.Sprintf("delete webhook %d", id), err)
+	return wrap(err, "delete webhook %d", id)
 }
 
 const (
@@ -211,7 +210,7 @@ func (s *store) ReplayDeliveries(ctx context.Context, webhookID int64) (replayed
 	if err == nil {
 		replayed, err = s.inChunks(ctx, replayDeliveries, failed, s.now())
 	}
-	return replayed, wrap(fmt.Sprintf("replay deliveries of webhook %d", webhookID), err)
+	return replayed, wrap(err, "replay deliveries of webhook %d", webhookID)
 }
 
 const (
@@ -239,7 +238,7 @@ type follower struct {
 func (s *store) MakeDeliveries(ctx context.Context, limit int, body func(event) []byte) (more bool, err error) {
 	// First a look, so that nothing is written while there is nothing to do.
 	if err := queryRow(ctx, s, []any{&more}, anyWebhookBehind); err != nil || !more {
-		return false, wrap("look for events for webhooks", err)
+		return false, wrap(err, "look for events for webhooks")
 	}
 	err = s.InTx(ctx, func(tx querier) error {
 		more = false
@@ -256,16 +255,17 @@ func (s *store) MakeDeliveries(ctx context.Context, limit int, body func(event) 
 		}
 		return nil
 	})
-	return more, wrap("make deliveries", err)
+	return more, wrap(err, "make deliveries")
+}
+
+func scanFollower(r rows) (f follower, err error) {
+	err = r.Scan(&f.ID, &f.UserID, &f.Seen.Tx, &f.Seen.ID)
+	return f, err
 }
 
 // lockedFollowers are those that no other process is at, by their places.
 func lockedFollowers(ctx context.Context, tx querier) (map[place][]follower, error) {
-	r, err := tx.Query(ctx, lockWebhooks)
-	followers, err := collect(r, err, func(r rows) (f follower, err error) {
-		err = r.Scan(&f.ID, &f.UserID, &f.Seen.Tx, &f.Seen.ID)
-		return f, err
-	})
+	followers, err := query(ctx, tx, scanFollower, lockWebhooks)
 	places := make(map[place][]follower)
 	for _, f := range followers {
 		places[f.Seen] = append(places[f.Seen], f)
@@ -276,8 +276,7 @@ func lockedFollowers(ctx context.Context, tx querier) (map[place][]follower, err
 // deliverPage makes the deliveries of a page of events for all who stand at one place,
 // and answers how many events it had.
 func deliverPage(ctx context.Context, tx querier, from place, followers []follower, limit int, body func(event) []byte, now time.Time) (int, error) {
-	r, err := tx.Query(ctx, selectEvents, from.Tx, from.ID, limit)
-	events, err := collect(r, err, scanEvent)
+	events, err := query(ctx, tx, scanEvent, selectEvents, from.Tx, from.ID, limit)
 	if err != nil || len(events) == 0 {
 		return 0, err
 	}
@@ -321,7 +320,7 @@ WHERE h.gone_at IS NULL AND EXISTS (SELECT 1 FROM deliveries d WHERE d.webhook_i
 // DueWebhooks answers those that have something to be sent now.
 func (s *store) DueWebhooks(ctx context.Context) ([]int64, error) {
 	ids, err := queryIDs(ctx, s, selectDueWebhooks, s.now())
-	return ids, wrap("look for due deliveries", err)
+	return ids, wrap(err, "look for due deliveries")
 }
 
 const (
@@ -345,15 +344,15 @@ func (s *store) ClaimDeliveries(ctx context.Context, webhookID, claim int64, lim
 			return err
 		}
 		now := s.now()
-		r, err := tx.Query(ctx, claimDeliveries, webhookID, now, now.Add(deliveryLease), claim, limit)
-		claimed, err = collect(r, err, func(r rows) (delivery, error) {
+		scan := func(r rows) (delivery, error) {
 			d := delivery{claim: claim}
 			err := r.Scan(&d.ID, &d.EventID, &d.ProductID, &d.Body, &d.Attempts, &d.RequestID, &d.Traceparent)
 			return d, err
-		})
+		}
+		claimed, err = query(ctx, tx, scan, claimDeliveries, webhookID, now, now.Add(deliveryLease), claim, limit)
 		return err
 	})
-	return to, claimed, wrap(fmt.Sprintf("claim deliveries of webhook %d", webhookID), err)
+	return to, claimed, wrap(err, "claim deliveries of webhook %d", webhookID)
 }
 
 const noteLastTry = `UPDATE webhooks SET last_at = $2, last_code = $3, last_detail = $4 WHERE id = $1`
@@ -367,7 +366,7 @@ func (s *store) SettleDelivered(ctx context.Context, webhookID int64, d delivery
 		_, err := tx.Exec(ctx, `DELETE FROM deliveries WHERE id = $1 AND claim = $2`, d.ID, d.claim)
 		return err
 	})
-	return wrap(fmt.Sprintf("settle delivery %d", d.ID), err)
+	return wrap(err, "settle delivery %d", d.ID)
 }
 
 const (
@@ -403,14 +402,14 @@ func (s *store) SettleUndelivered(ctx context.Context, webhookID int64, d delive
 		_, err := tx.Exec(ctx, retireWebhook, webhookID, now)
 		return err
 	})
-	return wrap(fmt.Sprintf("settle failed delivery %d", d.ID), err)
+	return wrap(err, "settle failed delivery %d", d.ID)
 }
 
 // GiveBackDelivery makes a delivery due again that was not tried to the end, after
 // a pause: what kept us from it may last.
 func (s *store) GiveBackDelivery(ctx context.Context, d delivery) error {
 	_, err := s.Exec(ctx, `UPDATE deliveries SET run_at = $3, claim = 0 WHERE id = $1 AND claim = $2`, d.ID, d.claim, s.now().Add(refusedDelay))
-	return wrap(fmt.Sprintf("give delivery %d back", d.ID), err)
+	return wrap(err, "give delivery %d back", d.ID)
 }
 
 // failedDeliveryTime is how long a delivery that was given up can be replayed.
@@ -427,5 +426,5 @@ func (s *store) ForgetDeliveries(ctx context.Context) error {
 	if err == nil {
 		_, err = s.inBatches(ctx, forgetDeliveries, s.now().Add(-failedDeliveryTime))
 	}
-	return wrap("forget failed deliveries", err)
+	return wrap(err, "forget failed deliveries")
 }

@@ -90,8 +90,8 @@ func (in *bodyFields) webhook() (hook webhook) {
 	in.require("url")
 	if value, _, ok := in.setting("url", true); ok {
 		in.text("url", value, &hook.URL, 1, maxURLBytes)
-		if problem := checkURL(hook.URL); hook.URL != "" && problem != "" {
-			in.wrong("url", "%s", problem)
+		if _, err := parseURL(hook.URL); hook.URL != "" && err != nil {
+			in.wrong("url", "%v", err)
 		}
 	}
 	if value, null, ok := in.setting("secret", false); ok && !null {
@@ -103,8 +103,7 @@ func (in *bodyFields) webhook() (hook webhook) {
 		hook.Secret = newWebhookSecret()
 	}
 	if _, null, ok := in.setting("user_id", false); ok && !null {
-		id := in.userID()
-		hook.UserID = &id
+		hook.UserID = new(in.userID())
 	}
 	return hook
 }

@@ -204,12 +204,13 @@ var (
 func (d *deliverer) settle(log *slog.Logger, do func(context.Context) error) {
 	ctx, cancel := context.WithTimeout(context.Background(), deliveryLease-webhookTimeout)
 	defer cancel()
-	for delay := minPersistDelay; ; delay = min(2*delay, maxPersistDelay) {
+	pace := retryPace{least: minPersistDelay, most: maxPersistDelay}
+	for {
 		err := do(ctx)
 		if err == nil {
 			return
 		}
-		if sleep(ctx, delay) != nil {
+		if sleep(ctx, pace.next()) != nil {
 			log.Warn("delivery not settled, it will be sent again", "err", err)
 			return
 		}
@@ -245,9 +246,9 @@ func webhookID(eventID int64) string { return "evt_" + strconv.FormatInt(eventID
 // as Fetch's are. Any answer of 2xx is good; a redirect is not followed. Errors
 // are as those of Fetch.
 func (f *fetcher) Post(ctx context.Context, url string, header http.Header, body []byte) error {
-	u, problem := parseURL(url)
-	if problem != "" {
-		return permanent("bad_url", "the URL %s", problem)
+	u, err := parseURL(url)
+	if err != nil {
+		return permanent("bad_url", "the URL %v", err)
 	}
 	timed, cancel := context.WithTimeout(ctx, f.limits.Timeout)
 	defer cancel()

@@ -50,7 +50,7 @@ func (s *store) Workload(ctx context.Context, since, until time.Time) (workload,
 	if err == nil {
 		w.DeadFor, err = s.age(ctx, selectOldestDead)
 	}
-	return w, wrap("read the workload", err)
+	return w, wrap(err, "read the workload")
 }
 
 // age answers how long ago the time was that a query selects, or 0 if it selects
