@@ -131,10 +131,11 @@ func (b *faultyBroker) fill(t *testing.T) {
 	}
 	for n := 1; n > 0; { // RabbitMQ refuses until it is below the limit, even if that is lifted
 		settled(t, receive(t, b.in.out).Ack())
-		var err error
-		if n, err = b.q.Waiting(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		eventually(t, "the broker counts them", func() bool {
+			var err error
+			n, err = b.q.Waiting(t.Context())
+			return err == nil
+		})
 	}
 	rabbitctl(t, b.node, "clear_policy", "full")
 	b.works(t)
