@@ -27,7 +27,7 @@ compile:
 
 unit:
 	@$(call phase,go test -race)
-	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 5 -timeout 14m ./...
+	@REQUIRE_SERVERS=1 go test -race -count=1 -parallel 4 -timeout 17m ./...
 
 ## servers: PostgreSQL, Redis, RabbitMQ and a browser, from the distribution's packages
 servers:
