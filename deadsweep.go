@@ -29,7 +29,7 @@ const (
 	// a long queue takes next to nothing of the time, however often it is asked for.
 	deadRestFactor = 20
 	deadLeastRest  = time.Second
-	deadMostRest   = time.Minute // a look that took long may have waited for a server that was away
+	deadFailedRest = time.Minute // at most: a look that failed may have waited for a server that was away
 )
 
 // deadKeeper sees to it that the dead-letter queue and the rows agree: each dead
@@ -71,8 +71,13 @@ func (k *deadKeeper) Run(ctx context.Context) error {
 		case <-timer.C:
 		}
 		start := time.Now()
-		k.health.note(ctx, k.look(ctx), "the dead-letter queue is not looked after, retrying", "the dead-letter queue is looked after again")
-		if sleep(ctx, min(max(deadLeastRest, deadRestFactor*time.Since(start)), deadMostRest)) != nil {
+		err := k.look(ctx)
+		k.health.note(ctx, err, "the dead-letter queue is not looked after, retrying", "the dead-letter queue is looked after again")
+		rest := max(deadLeastRest, deadRestFactor*time.Since(start))
+		if err != nil {
+			rest = min(rest, deadFailedRest)
+		}
+		if sleep(ctx, rest) != nil {
 			return nil
 		}
 		timer.Reset(deadLookInterval)
