@@ -154,9 +154,9 @@ func (s *store) ReplayDead(ctx context.Context, ids []int64, from origin) (repla
 // condition, and raises their products' versions. owners finds these products, so
 // that they are locked first.
 func (s *store) queueAnew(ctx context.Context, ids []int64, from origin, owners, update string) (queued int, changed []productVersion, err error) {
-	err = s.InTx(ctx, func(tx querier) error {
-		products, err := queryIDs(ctx, tx, owners, ids)
-		if err != nil {
+	var products []int64
+	err = s.InTx(ctx, func(tx querier) (err error) {
+		if products, err = queryIDs(ctx, tx, owners, ids); err != nil {
 			return err
 		}
 		if _, err := queryIDs(ctx, tx, lockProducts, products); err != nil {
@@ -172,11 +172,7 @@ func (s *store) queueAnew(ctx context.Context, ids []int64, from origin, owners,
 		return err
 	})
 	if err != nil && len(changed) > 0 {
-		written := make([]int64, len(changed))
-		for n, product := range changed {
-			written[n] = product.ID
-		}
-		return 0, s.versionsNow(ctx, written...), err
+		return 0, s.versionsNow(ctx, products...), err
 	}
 	return queued, changed, err
 }
