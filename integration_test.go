@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -719,24 +718,24 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 	env := environment(map[string]string{"DATABASE_URL": pg.URL, "REDIS_URL": testRedis(t), "AMQP_URL": testAMQP(t), "DATA_DIR": t.TempDir()})
 	seedUser(t, env)
 	apis := []*instance{startBinary(t, env, "api"), startBinary(t, env, "api"), startBinary(t, env, "api")}
-	path := fmt.Sprintf("/products/%d", apis[0].post(t).ID)
-	var rush [][]*rawReader
+	request := fmt.Sprintf("GET /products/%d HTTP/1.1\r\nHost: shop\r\n\r\n", apis[0].post(t).ID)
+	var rush []*halfRequest // connections that are open, so that a thousand can ask within milliseconds
 	for n, api := range apis {
-		rush = append(rush, rawReaders(t, api, readers[n]))
+		for range readers[n] {
+			rush = append(rush, beginRequest(t, api, "", request))
+		}
 	}
 	pg.Freeze(t) // so that all come before the first has its answer
-	for _, crowd := range rush {
-		for _, reader := range crowd {
-			reader.ask(t, path)
-		}
+	for _, reader := range rush {
+		reader.send(t)
 	}
 	for n, api := range apis {
 		eventually(t, "all readers wait", func() bool { return api.metric(t, "pms_cache_misses_total") == float64(readers[n]) })
 	}
 	pg.Thaw(t)
-	for _, crowd := range rush {
-		for _, reader := range crowd {
-			reader.wantOK(t)
+	for _, reader := range rush {
+		if status, body := reader.finish(t); status != http.StatusOK {
+			t.Errorf("answered %d: %s", status, body)
 		}
 	}
 	for n, api := range apis {
@@ -745,44 +744,6 @@ func TestColdKeyCostsEachInstanceOneQuery(t *testing.T) {
 		if loads != 1 && failures == 0 || loads > 3 {
 			t.Errorf("instance %d made %v queries for %d readers, and Redis failed %v times", n, loads, readers[n], failures)
 		}
-	}
-}
-
-// rawReader is a connection that is open already, so that a thousand can ask
-// within milliseconds.
-type rawReader struct{ net.Conn }
-
-func rawReaders(t *testing.T, api *instance, count int) (all []*rawReader) {
-	t.Helper()
-	for range count {
-		conn, err := net.Dial("tcp", strings.TrimPrefix(api.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { conn.Close() })
-		all = append(all, &rawReader{conn})
-	}
-	return all
-}
-
-func (r *rawReader) ask(t *testing.T, path string) {
-	t.Helper()
-	if _, err := fmt.Fprintf(r, "GET %s HTTP/1.1\r\nHost: shop\r\n\r\n", path); err != nil {
-		t.Error(err)
-	}
-}
-
-func (r *rawReader) wantOK(t *testing.T) {
-	t.Helper()
-	r.SetReadDeadline(time.Now().Add(settleTime))
-	response, err := http.ReadResponse(bufio.NewReader(r), nil)
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	defer response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		t.Errorf("answered %d", response.StatusCode)
 	}
 }
 

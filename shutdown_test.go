@@ -34,11 +34,19 @@ func beginRequest(t *testing.T, i *instance, request string, rest string) *halfR
 	return &halfRequest{conn, rest}
 }
 
-func (h *halfRequest) finish(t *testing.T) (status int, body string) {
+// send sends the rest, if it has not been sent.
+func (h *halfRequest) send(t *testing.T) {
 	t.Helper()
 	if _, err := io.WriteString(h.conn, h.rest); err != nil {
 		t.Fatal(err)
 	}
+	h.rest = ""
+}
+
+func (h *halfRequest) finish(t *testing.T) (status int, body string) {
+	t.Helper()
+	h.send(t)
+	h.conn.SetReadDeadline(time.Now().Add(settleTime))
 	response, err := http.ReadResponse(bufio.NewReader(h.conn), nil)
 	if err != nil {
 		t.Fatal(err)
