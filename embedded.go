@@ -238,7 +238,7 @@ var beyondID = regexp.MustCompile(`\bid\) [<>]=? \(\$\d+, \$\d+`)
 // sqliteFunctions has SQLite's names of what PostgreSQL calls otherwise. Both
 // call the elements of a JSON array value, and a member of one value->>'name'. Every
 // event is settled here.
-var sqliteFunctions = strings.NewReplacer("json_array_elements(", "json_each(", "decode(value->>'fingerprint', 'hex')", "unhex(value->>'fingerprint')", "settled_events", "events", "$", "?")
+var sqliteFunctions = strings.NewReplacer("json_array_elements(", "json_each(", "decode(value->>'fingerprint', 'hex')", "unhex(value->>'fingerprint')", "settled_events", "events", " OFFSET 0", "", "$", "?")
 
 // sqliteSQL puts a query of the store into SQLite's dialect. The parameters
 // become ?N, since SQLite numbers $N by where it first stands.

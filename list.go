@@ -123,40 +123,81 @@ func parseCursor(s string, sort sortOrder) (*cursor, error) {
 // Products reads one page of a list. The page is found by keyset, which costs
 // the same however far the list has been read.
 func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error) {
-	sql, args, err := f.sql()
+	inRange, all, err := f.where()
 	if err != nil {
 		return nil, err
 	}
-	products, err := scanProducts(s.QueryOnce(ctx, sql, args...))
+	far, err := s.noneNear(ctx, f, inRange, all)
+	if err != nil {
+		return nil, wrap(err, "list products")
+	}
+	products, err := scanProducts(s.QueryOnce(ctx, f.page(all, far), all.args...))
 	return products, wrap(err, "list products")
 }
 
-// sql puts the query together. Values go in as parameters, but the limit, which
-// is a number, stands in the text, where the planner sees it.
+// noneNear says whether none of the next products in the list's order passes its
+// filters, and there are more products. The page is sorted then: PostgreSQL takes
+// matches to lie evenly in every order, and would walk through most of a list where
+// they lie at its end, as boots do in a list by name.
+func (s *store) noneNear(ctx context.Context, f productFilter, inRange, all conditions) (bool, error) {
+	if len(all.all) == len(inRange.all) {
+		return false, nil
+	}
+	r, err := s.QueryOnce(ctx, f.near(inRange, all), all.args...)
+	return only(collect(r, err, scanOne[bool]))
+}
+
+// page is the query for the list's page. Values go in as parameters, but the limit,
+// which is a number, stands in the text, where the planner sees it.
 //
 // A user's list is ordered by the user first, and the user is given as an array of
 // one. PostgreSQL then does not see that the user is the same in all rows, and has
 // to read the user's own products, by the index on user and order. Else it might
 // read everybody's in the order of the list until the page is full, which looks
 // cheap and has no bound.
-func (f productFilter) sql() (string, []any, error) {
-	c, err := f.where()
-	if err != nil {
-		return "", nil, err
-	}
-	filter := ""
-	if c.all != nil {
-		filter = "WHERE " + c.String()
+//
+// If matches lie far in the order, OFFSET 0 hides the limit from the planner, which then
+// plans to read all that match: by other indexes, to sort them, if these are fewer than
+// the order has.
+func (f productFilter) page(all conditions, far bool) string {
+	matches := "products " + all.where()
+	if far {
+		matches = fmt.Sprintf("(SELECT * FROM %s ORDER BY %s OFFSET 0) matches", matches, f.order(""))
 	}
 	return fmt.Sprintf(`
 SELECT %s
-FROM (SELECT * FROM products %s ORDER BY %s LIMIT %d) p LEFT JOIN images i ON i.product_id = p.id
-ORDER BY %s, i.position`, productColumns, filter, f.order(""), f.Limit, f.order("p.")), c.args, nil
+FROM (SELECT * FROM %s ORDER BY %s LIMIT %d) p LEFT JOIN images i ON i.product_id = p.id
+ORDER BY %s, i.position`, productColumns, matches, f.order(""), f.Limit, f.order("p."))
 }
 
-func (f productFilter) where() (c conditions, err error) {
+// nearProducts is how many products, the next in a list's order, are looked at
+// before a page is read: as many as a page has at most.
+const nearProducts = maxLimit
+
+// near is the query of noneNear.
+func (f productFilter) near(inRange, all conditions) string {
+	filters := conditions{all: all.all[len(inRange.all):]}
+	return fmt.Sprintf(`SELECT count(*) = %d AND count(*) FILTER (%s) = 0 FROM (SELECT * FROM products %s ORDER BY %s LIMIT %[1]d) near`,
+		nearProducts, filters.where(), inRange.where(), f.order(""))
+}
+
+// where has the list's conditions. The first of them pick a range of its order, which
+// an index finds; the others, its filters, may pass products anywhere in that.
+func (f productFilter) where() (inRange, all conditions, err error) {
+	var c conditions
 	if f.UserID != nil {
 		c.add("user_id = ANY(?)", []int64{*f.UserID})
+	}
+	if err := f.addAfter(&c); err != nil {
+		return c, c, err
+	}
+	byPrice := f.Sort.key() == "product_price"
+	if byPrice {
+		f.addPrices(&c)
+	}
+	inRange = c
+	if !byPrice {
+		f.addPrices(&c)
 	}
 	switch n := utf8.RuneCountInString(f.Name); {
 	case n > maxNameLength: // no name has so many, and SQLite refuses a pattern of too many
@@ -164,14 +205,22 @@ func (f productFilter) where() (c conditions, err error) {
 	case n > 0:
 		c.add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
 	}
+	return inRange, c, nil
+}
+
+func (f productFilter) addPrices(c *conditions) {
 	if f.MinPrice != nil {
 		c.add("price_cents >= ?", int64(*f.MinPrice))
 	}
 	if f.MaxPrice != nil {
 		c.add("price_cents <= ?", int64(*f.MaxPrice))
 	}
+}
+
+// addAfter adds that a product lies beyond the cursor.
+func (f productFilter) addAfter(c *conditions) error {
 	if f.After == nil {
-		return c, nil
+		return nil
 	}
 	column, beyond := f.Sort.column(), ">"
 	if f.Sort.descending() {
@@ -179,11 +228,11 @@ func (f productFilter) where() (c conditions, err error) {
 	}
 	if column == "id" {
 		c.add("id "+beyond+" ?", f.After.ID)
-		return c, nil
+		return nil
 	}
 	value, err := f.After.value()
 	c.add("("+column+", id) "+beyond+" (?, ?)", value, f.After.ID)
-	return c, err
+	return err
 }
 
 // order is the list's order by columns of a table, such as "p.".
@@ -218,6 +267,14 @@ func (c *conditions) add(condition string, values ...any) {
 }
 
 func (c conditions) String() string { return strings.Join(c.all, " AND ") }
+
+// where is the WHERE clause of the conditions, or nothing if there are none.
+func (c conditions) where() string {
+	if len(c.all) == 0 {
+		return ""
+	}
+	return "WHERE " + c.String()
+}
 
 // likeEscaper makes LIKE take a text literally.
 var likeEscaper = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)

@@ -478,6 +478,39 @@ func TestStoreListsByEveryFilterAndSort(t *testing.T) {
 	})
 }
 
+// Products that pass a filter are listed wherever they lie in the order, just within
+// what is looked at first, just beyond, or after everything else.
+func TestStoreListsWhatLiesFar(t *testing.T) {
+	t.Parallel()
+	eachStore(t, func(t *testing.T, s *store) {
+		const boots = 10
+		var entries []batchEntry
+		for n := range nearProducts + boots {
+			e := entry(fmt.Sprintf("Axe %03d", n))
+			e.Price = Price(n)
+			if n >= nearProducts-1 {
+				e.Name = fmt.Sprintf("Boot %d", n)
+			}
+			entries = append(entries, e)
+		}
+		createBatch(t, s, entries)
+		all, err := s.Products(t.Context(), productFilter{Sort: defaultSort, Limit: len(entries)})
+		if err != nil || len(all) != len(entries) {
+			t.Fatal(len(all), err)
+		}
+		for _, sort := range allSorts() {
+			for least := Price(nearProducts - 2); least <= nearProducts+2; least++ {
+				for _, f := range []productFilter{{MinPrice: &least}, {Name: "boot", MinPrice: &least}, {Name: fmt.Sprintf("boot %d", least)}, {UserID: new(int64(1)), Name: "boot", MinPrice: &least}, {Name: "none"}} {
+					f.Sort, f.Limit = sort, 4
+					if got, want := readPages(t, s, f), expectedList(all, f); !slices.Equal(got, want) {
+						t.Errorf("%+v: %v, want %v", f, got, want)
+					}
+				}
+			}
+		}
+	})
+}
+
 // seedProducts stores products with many equal sort keys and names that a
 // careless filter or collation gets wrong.
 func seedProducts(t *testing.T, s *store, otherUser int64) []Product {
