@@ -1,6 +1,6 @@
 // A walk through the console in a real browser. TestConsoleInABrowser starts it,
-// with running programs and a host of photos. It leaves pictures of what it saw in
-// .cache/screenshots.
+// with running programs and a host of photos. make console has it leave pictures of what
+// it saw in .cache/screenshots.
 
 import assert from 'node:assert/strict'
 import { mkdirSync } from 'node:fs'
@@ -18,7 +18,8 @@ const allLooks = [
   { width: 1440, height: 900, colorScheme: 'light' }, { width: 390, height: 844, colorScheme: 'dark' },
   { width: 1440, height: 900, colorScheme: 'dark' }, { width: 390, height: 844, colorScheme: 'light' },
 ]
-const looks = process.env.CONSOLE_LOOKS === 'all' ? allLooks : allLooks.slice(0, 2)
+const everyLook = process.env.CONSOLE_LOOKS === 'all'
+const looks = everyLook ? allLooks : allLooks.slice(0, 2)
 
 let browser
 before(async () => {
@@ -28,16 +29,26 @@ before(async () => {
 })
 after(() => browser?.close())
 
+/** The context of a look, with a page that keeps its process: starting one costs more than most tests here. */
+const contexts = new Map()
+async function contextOf(look) {
+  if (!contexts.has(look)) {
+    const { width, height, colorScheme } = look
+    const context = await browser.newContext({ viewport: { width, height }, colorScheme, reducedMotion: 'reduce', locale: 'en-GB', hasTouch: width < 500, serviceWorkers: 'block' })
+    context.setDefaultTimeout(patience)
+    await (await context.newPage()).goto(CONSOLE + '/healthz')
+    contexts.set(look, context)
+  }
+  return contexts.get(look)
+}
+
 /**
  * Opens a page that must have no error and ask nobody but the program. answers
  * are the statuses besides success that the browser may see, foreign the only
  * other origin that it may ask.
  */
 async function visit(t, path, { base = CONSOLE, look = looks[0], answers = [], foreign = null } = {}) {
-  const { width, height, colorScheme } = look
-  const context = await browser.newContext({ viewport: { width, height }, colorScheme, reducedMotion: 'reduce', locale: 'en-GB', hasTouch: width < 500, serviceWorkers: 'block' })
-  context.setDefaultTimeout(patience)
-  const page = await context.newPage()
+  const page = await (await contextOf(look)).newPage()
   const errors = []
   const asked = new Set()
   page.on('console', (message) => {
@@ -50,7 +61,7 @@ async function visit(t, path, { base = CONSOLE, look = looks[0], answers = [], f
     if (request.url().includes(ADMIN_TOKEN) || request.url().includes(USER_TOKEN)) errors.push(`a token in ${request.url()}`)
   })
   t.after(async () => {
-    await context.close()
+    await page.close()
     assert.deepEqual(errors, [], 'errors in the browser')
     assert.deepEqual([...asked].filter((origin) => origin !== base && origin !== foreign), [], 'origins that were asked')
   })
@@ -60,8 +71,9 @@ async function visit(t, path, { base = CONSOLE, look = looks[0], answers = [], f
 
 const named = (page, role, name) => page.getByRole(role, { name, exact: true })
 
-/** Takes a picture, when images that are decoded have had a frame to be painted in. */
+/** Takes a picture, if all looks are, when images that are decoded have had a frame to be painted in. */
 async function picture(page, look, name) {
+  if (!everyLook) return
   await page.evaluate(() => new Promise((painted) => requestAnimationFrame(() => requestAnimationFrame(painted))))
   await page.screenshot({ path: `${pictures}/${look.width}-${look.colorScheme}-${name}.png` })
 }
