@@ -499,9 +499,9 @@ func TestStoreListsWhatLiesFar(t *testing.T) {
 			t.Fatal(len(all), err)
 		}
 		for _, sort := range allSorts() {
-			for least := Price(nearProducts - 2); least <= nearProducts+2; least++ {
+			for least := Price(nearProducts - 1); least <= nearProducts+1; least++ {
 				for _, f := range []productFilter{{MinPrice: &least}, {Name: "boot", MinPrice: &least}, {Name: fmt.Sprintf("boot %d", least)}, {UserID: new(int64(1)), Name: "boot", MinPrice: &least}, {Name: "none"}} {
-					f.Sort, f.Limit = sort, 4
+					f.Sort, f.Limit = sort, 8
 					if got, want := readPages(t, s, f), expectedList(all, f); !slices.Equal(got, want) {
 						t.Errorf("%+v: %v, want %v", f, got, want)
 					}
