@@ -14,8 +14,7 @@ import (
 // is away, and little for workers that keep every core busy.
 func TestPostWaitsForTheDatabaseAlone(t *testing.T) {
 	t.Parallel() // it compares what it measures in turns
-	rabbit := startRabbitMQ(t)
-	env := environment(map[string]string{"DATABASE_URL": testDatabase(t), "AMQP_URL": rabbit.URL, "DATA_DIR": t.TempDir(), "LOG_LEVEL": "info"})
+	env := environment(map[string]string{"DATABASE_URL": testDatabase(t), "AMQP_URL": testAMQP(t), "DATA_DIR": t.TempDir(), "LOG_LEVEL": "info"})
 	seedUser(t, env)
 	away := environment(env, map[string]string{"AMQP_URL": "amqp://guest:guest@127.0.0.1:1"})
 	up, down := startBinary(t, env, "api"), startBinary(t, away, "api")
