@@ -71,10 +71,10 @@ async function visit(t, path, { base = CONSOLE, look = looks[0], answers = [], f
 
 const named = (page, role, name) => page.getByRole(role, { name, exact: true })
 
-/** Takes a picture, if all looks are, when images that are decoded have had a frame to be painted in. */
+/** Takes a picture of a page, if it is to be seen in every look. The first has the browser paint images that were decoded beside it. */
 async function picture(page, look, name) {
   if (!everyLook) return
-  await page.evaluate(() => new Promise((painted) => requestAnimationFrame(() => requestAnimationFrame(painted))))
+  await page.screenshot()
   await page.screenshot({ path: `${pictures}/${look.width}-${look.colorScheme}-${name}.png` })
 }
 
