@@ -10,7 +10,7 @@ started := $(shell date +%s)
 # phase prints a line with the seconds since make began.
 phase = printf '[%4d s] %s\n' $$(( $$(date +%s) - $(started) )) '$(1)'
 
-.PHONY: test servers tools check fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency soak console lists slow-clients fuzz compare-images peers api-check deploy-check docker-test clean
+.PHONY: test servers tools fmt vet staticcheck govulncheck compile unit lint bench bulk chaos consistency soak console lists slow-clients fuzz compare-images peers api-check deploy-check docker-test clean
 
 ## test: install what is missing, then check and test everything
 # The recursive call lets the installation, the builds and the checks run side
