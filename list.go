@@ -123,28 +123,58 @@ func parseCursor(s string, sort sortOrder) (*cursor, error) {
 // Products reads one page of a list. The page is found by keyset, which costs
 // the same however far the list has been read.
 func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error) {
-	inRange, all, err := f.where()
+	q, err := f.query()
 	if err != nil {
 		return nil, err
 	}
-	far, err := s.noneNear(ctx, f, inRange, all)
+	far, err := s.matchesLieFar(ctx, q)
 	if err != nil {
 		return nil, wrap(err, "list products")
 	}
-	products, err := scanProducts(s.QueryOnce(ctx, f.page(all, far), all.args...))
+	products, err := scanProducts(s.QueryOnce(ctx, q.page(far), q.args...))
 	return products, wrap(err, "list products")
 }
 
-// noneNear says whether none of the next products in the list's order passes its
-// filters, and there are more products. The page is sorted then: PostgreSQL takes
-// matches to lie evenly in every order, and would walk through most of a list where
-// they lie at its end, as boots do in a list by name.
-func (s *store) noneNear(ctx context.Context, f productFilter, inRange, all conditions) (bool, error) {
-	if len(all.all) == len(inRange.all) {
+// matchesLieFar says whether the page cannot be filled from the next products in the
+// list's order, and is unlikely to be from those that come then. It is a hint for
+// PostgreSQL, which takes matches to lie evenly in every order: where they lie at its end,
+// or have come to theirs, as boots do in a list by name, it would walk through most of it.
+func (s *store) matchesLieFar(ctx context.Context, q listQuery) (bool, error) {
+	if len(q.filters()) == 0 {
 		return false, nil
 	}
-	r, err := s.QueryOnce(ctx, f.near(inRange, all), all.args...)
-	return only(collect(r, err, scanOne[bool]))
+	r, err := s.QueryOnce(ctx, q.near(), q.args...)
+	passed, err := collect(r, err, scanOne[bool])
+	if err != nil || len(passed) < q.nearby() { // a range of fewer is walked in no time
+		return false, err
+	}
+	matches := 0
+	for _, match := range passed {
+		if match {
+			matches++
+		}
+	}
+	return matches < q.Limit && !slices.Contains(passed[q.nearby()/2:], true), nil
+}
+
+// listQuery is a list with its conditions as the database has them. The first, ranged
+// in number, pick a range of the list's order, which an index finds; the others, its
+// filters, may pass products anywhere in that.
+type listQuery struct {
+	productFilter
+	conditions
+	ranged int
+}
+
+func (q listQuery) filters() []string { return q.all[q.ranged:] }
+
+// nearby is how many of the next products are looked at: two pages, or 200.
+func (q listQuery) nearby() int { return 2 * max(q.Limit, 100) }
+
+// near is the query for which of the next products pass the filters.
+func (q listQuery) near() string {
+	return fmt.Sprintf(`SELECT %s FROM (SELECT * FROM products %s ORDER BY %s LIMIT %d) near`,
+		strings.Join(q.filters(), " AND "), where(q.all[:q.ranged]), q.order(""), q.nearby())
 }
 
 // page is the query for the list's page. Values go in as parameters, but the limit,
@@ -156,56 +186,43 @@ func (s *store) noneNear(ctx context.Context, f productFilter, inRange, all cond
 // read everybody's in the order of the list until the page is full, which looks
 // cheap and has no bound.
 //
-// If matches lie far in the order, OFFSET 0 hides the limit from the planner, which then
-// plans to read all that match: by other indexes, to sort them, if these are fewer than
-// the order has.
-func (f productFilter) page(all conditions, far bool) string {
-	matches := "products " + all.where()
+// If matches lie far, OFFSET 0 hides the limit from the planner, which then takes the
+// plan by which reading all that match is cheapest.
+func (q listQuery) page(far bool) string {
+	matches := "products " + where(q.all)
 	if far {
-		matches = fmt.Sprintf("(SELECT * FROM %s ORDER BY %s OFFSET 0) matches", matches, f.order(""))
+		matches = fmt.Sprintf("(SELECT * FROM %s ORDER BY %s OFFSET 0) matches", matches, q.order(""))
 	}
 	return fmt.Sprintf(`
 SELECT %s
 FROM (SELECT * FROM %s ORDER BY %s LIMIT %d) p LEFT JOIN images i ON i.product_id = p.id
-ORDER BY %s, i.position`, productColumns, matches, f.order(""), f.Limit, f.order("p."))
+ORDER BY %s, i.position`, productColumns, matches, q.order(""), q.Limit, q.order("p."))
 }
 
-// nearProducts is how many products, the next in a list's order, are looked at
-// before a page is read: as many as a page has at most.
-const nearProducts = maxLimit
-
-// near is the query of noneNear.
-func (f productFilter) near(inRange, all conditions) string {
-	filters := conditions{all: all.all[len(inRange.all):]}
-	return fmt.Sprintf(`SELECT count(*) = %d AND count(*) FILTER (%s) = 0 FROM (SELECT * FROM products %s ORDER BY %s LIMIT %[1]d) near`,
-		nearProducts, filters.where(), inRange.where(), f.order(""))
-}
-
-// where has the list's conditions. The first of them pick a range of its order, which
-// an index finds; the others, its filters, may pass products anywhere in that.
-func (f productFilter) where() (inRange, all conditions, err error) {
-	var c conditions
-	if f.UserID != nil {
-		c.add("user_id = ANY(?)", []int64{*f.UserID})
+func (f productFilter) query() (listQuery, error) {
+	q := listQuery{productFilter: f}
+	nameLength := utf8.RuneCountInString(f.Name)
+	if nameLength > maxNameLength { // no name has so many, and SQLite refuses a pattern of too many
+		q.add("false")
 	}
-	if err := f.addAfter(&c); err != nil {
-		return c, c, err
+	if f.UserID != nil {
+		q.add("user_id = ANY(?)", []int64{*f.UserID})
+	}
+	if err := f.addAfter(&q.conditions); err != nil {
+		return q, err
 	}
 	byPrice := f.Sort.key() == "product_price"
 	if byPrice {
-		f.addPrices(&c)
+		f.addPrices(&q.conditions)
 	}
-	inRange = c
+	q.ranged = len(q.all)
 	if !byPrice {
-		f.addPrices(&c)
+		f.addPrices(&q.conditions)
 	}
-	switch n := utf8.RuneCountInString(f.Name); {
-	case n > maxNameLength: // no name has so many, and SQLite refuses a pattern of too many
-		c.add("false")
-	case n > 0:
-		c.add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
+	if 0 < nameLength && nameLength <= maxNameLength {
+		q.add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
 	}
-	return inRange, c, nil
+	return q, nil
 }
 
 func (f productFilter) addPrices(c *conditions) {
@@ -268,12 +285,12 @@ func (c *conditions) add(condition string, values ...any) {
 
 func (c conditions) String() string { return strings.Join(c.all, " AND ") }
 
-// where is the WHERE clause of the conditions, or nothing if there are none.
-func (c conditions) where() string {
-	if len(c.all) == 0 {
+// where is the WHERE clause of conditions, or nothing if there are none.
+func where(conditions []string) string {
+	if len(conditions) == 0 {
 		return ""
 	}
-	return "WHERE " + c.String()
+	return "WHERE " + strings.Join(conditions, " AND ")
 }
 
 // likeEscaper makes LIKE take a text literally.

@@ -494,18 +494,18 @@ func TestStoreListsByEveryFilterAndSort(t *testing.T) {
 	})
 }
 
-// Products that pass a filter are listed wherever they lie in the order, just within
-// what is looked at first, just beyond, or after everything else.
+// Products that pass a filter are listed as they are wherever they lie in the order, and
+// it is known when they lie far.
 func TestStoreListsWhatLiesFar(t *testing.T) {
 	t.Parallel()
 	eachStore(t, func(t *testing.T, s *store) {
-		const boots = 10
+		const near, boots = 200, 11
 		var entries []batchEntry
-		for n := range nearProducts + boots {
+		for n := range near + boots - 1 {
 			e := entry(fmt.Sprintf("Axe %03d", n))
 			e.Price = Price(n)
-			if n >= nearProducts-1 {
-				e.Name = fmt.Sprintf("Boot %d", n)
+			if n >= near-1 {
+				e.Name, e.Images = fmt.Sprintf("Boot %d", n), sourcesOf("a", "b")
 			}
 			entries = append(entries, e)
 		}
@@ -515,13 +515,34 @@ func TestStoreListsWhatLiesFar(t *testing.T) {
 			t.Fatal(len(all), err)
 		}
 		for _, sort := range allSorts() {
-			for least := Price(nearProducts - 1); least <= nearProducts+1; least++ {
+			for least := Price(near - 1); least <= near+1; least++ {
 				for _, f := range []productFilter{{MinPrice: &least}, {Name: "boot", MinPrice: &least}, {Name: fmt.Sprintf("boot %d", least)}, {UserID: new(int64(1)), Name: "boot", MinPrice: &least}, {Name: "none"}} {
 					f.Sort, f.Limit = sort, 8
 					if got, want := readPages(t, s, f), expectedList(all, f); !slices.Equal(got, want) {
 						t.Errorf("%+v: %v, want %v", f, got, want)
 					}
 				}
+			}
+		}
+		far := productFilter{Name: "boot", Sort: "-id", Limit: 2 * boots}
+		if got, err := s.Products(t.Context(), far); err != nil || len(got) != boots || fmt.Sprint(got[0]) != fmt.Sprint(all[len(all)-1]) {
+			t.Errorf("listed\n%v, want\n%v, %v", got, all[near-1:], err)
+		}
+		for _, c := range []struct {
+			f    productFilter
+			want bool
+		}{
+			{far, true}, // the last page
+			{productFilter{Name: "boot", Sort: "-id", Limit: boots}, false},
+			{productFilter{Name: "boot", Sort: "id", Limit: 8}, false},
+			{productFilter{Name: "boot 200", Sort: "id", Limit: 8}, true},
+			{productFilter{Name: "none", Sort: "id", Limit: 8}, true},
+			{productFilter{Name: "none", Sort: "id", Limit: 8, After: cursorAfter(all[boots], "id")}, false}, // few are left
+			{productFilter{MinPrice: new(Price(near)), Sort: "product_price", Limit: 8}, false},
+			{productFilter{UserID: new(int64(1)), Sort: "product_name", Limit: 8}, false},
+		} {
+			if got, err := s.matchesLieFar(t.Context(), listQueryOf(t, c.f)); got != c.want || err != nil {
+				t.Errorf("%+v: the matches lie far: %v, %v", c.f, got, err)
 			}
 		}
 	})
