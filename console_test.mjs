@@ -23,7 +23,7 @@ const looks = everyLook ? allLooks : allLooks.slice(0, 2)
 
 let browser
 before(async () => {
-  mkdirSync(pictures, { recursive: true })
+  if (everyLook) mkdirSync(pictures, { recursive: true })
   // The fewest processes that it can do with: each costs what loading a page does.
   browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ['--no-sandbox', '--in-process-gpu', '--renderer-process-limit=1'] })
 })
@@ -71,7 +71,7 @@ async function visit(t, path, { base = CONSOLE, look = looks[0], answers = [], f
 
 const named = (page, role, name) => page.getByRole(role, { name, exact: true })
 
-/** Takes a picture of a page, if it is to be seen in every look. The first has the browser paint images that were decoded beside it. */
+/** Takes a picture of a page, in a walk of every look. The first has the browser paint images that were decoded beside it. */
 async function picture(page, look, name) {
   if (!everyLook) return
   await page.screenshot()
@@ -588,4 +588,5 @@ test('the reader chooses between light and dark', async (t) => {
   assert.notEqual(dark, light)
   await page.reload()
   assert.equal(await background(), dark)
+  await page.evaluate(() => localStorage.clear()) // the next page of this look begins in its own
 })

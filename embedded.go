@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -237,7 +238,8 @@ var beyondID = regexp.MustCompile(`\bid\) [<>]=? \(\$\d+, \$\d+`)
 
 // sqliteFunctions has SQLite's names of what PostgreSQL calls otherwise. Both
 // call the elements of a JSON array value, and a member of one value->>'name'. Every
-// event is settled here.
+// event is settled here. OFFSET 0 is for PostgreSQL's planner (listQuery.page), and no
+// SQL of SQLite's without a LIMIT.
 var sqliteFunctions = strings.NewReplacer("json_array_elements(", "json_each(", "decode(value->>'fingerprint', 'hex')", "unhex(value->>'fingerprint')", "settled_events", "events", " OFFSET 0", "", "$", "?")
 
 // sqliteSQL puts a query of the store into SQLite's dialect. The parameters
@@ -250,6 +252,7 @@ func sqliteSQL(query string) string {
 
 // sqliteArgs are a query's arguments with its arrays as JSON.
 func sqliteArgs(args []any) []any {
+	args = slices.Clone(args)
 	for n, arg := range args {
 		if ids, ok := arg.([]int64); ok {
 			text, _ := json.Marshal(ids) // never fails

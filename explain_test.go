@@ -388,7 +388,7 @@ func explain(t *testing.T, db *postgres, sql string, args ...any) (plan string, 
 }
 
 // BenchmarkList compares the first page and one in the middle of lists of a large
-// catalogue with the first of lists of ten thousand products.
+// catalogue, with and without a filter, with the first of lists of ten thousand products.
 //
 //	LISTS_PRODUCTS=1000000 go test -run '^$' -bench List -count 6 . | tee list.txt && benchstat list.txt
 func BenchmarkList(b *testing.B) {
@@ -405,14 +405,16 @@ func BenchmarkList(b *testing.B) {
 			store *store
 			after *cursor
 		}{{"first-of-10k", small, nil}, {"first", large, nil}, {"middle", large, middle(b, large, sort, size)}} {
-			b.Run(fmt.Sprintf("%s/%s", sort, page.name), func(b *testing.B) {
-				for b.Loop() {
-					got, err := page.store.Products(b.Context(), productFilter{Sort: sort, Limit: 50, After: page.after})
-					if err != nil || len(got) != 50 {
-						b.Fatal(len(got), err)
+			for _, name := range []string{"", "shoe", "boot"} { // none, all, a fifth; boots are last by -product_name
+				b.Run(fmt.Sprintf("%s/name=%s/%s", sort, name, page.name), func(b *testing.B) {
+					for b.Loop() {
+						got, err := page.store.Products(b.Context(), productFilter{Name: name, Sort: sort, Limit: 50, After: page.after})
+						if err != nil || len(got) != 50 {
+							b.Fatal(len(got), err)
+						}
 					}
-				}
-			})
+				})
+			}
 		}
 	}
 }
