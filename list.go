@@ -136,9 +136,10 @@ func (s *store) Products(ctx context.Context, f productFilter) ([]Product, error
 }
 
 // matchesLieFar says whether the page cannot be filled from the next products in the
-// list's order, and is unlikely to be from those that come then. It is a hint for
-// PostgreSQL, which takes matches to lie evenly in every order: where they lie at its end,
-// or have come to theirs, as boots do in a list by name, it would walk through most of it.
+// list's order, and not soon from those that come then: at most one in a hundred passes,
+// or none of the latter half. It is a hint for PostgreSQL, which takes matches to lie
+// evenly in every order: where they lie at its end, or have come to theirs, as boots do
+// in a list by name, it would walk through most of it.
 func (s *store) matchesLieFar(ctx context.Context, q listQuery) (bool, error) {
 	if len(q.filters()) == 0 {
 		return false, nil
@@ -154,7 +155,8 @@ func (s *store) matchesLieFar(ctx context.Context, q listQuery) (bool, error) {
 			matches++
 		}
 	}
-	return matches < q.Limit && !slices.Contains(passed[q.nearby()/2:], true), nil
+	few := matches*100 <= len(passed)
+	return matches < q.Limit && (few || !slices.Contains(passed[len(passed)/2:], true)), nil
 }
 
 // listQuery is a list with its conditions as the database has them. The first, ranged
