@@ -201,10 +201,11 @@ FROM (SELECT * FROM %s ORDER BY %s LIMIT %d) p LEFT JOIN images i ON i.product_i
 ORDER BY %s, i.position`, productColumns, matches, q.order(""), q.Limit, q.order("p."))
 }
 
+// query puts the list's conditions together.
 func (f productFilter) query() (listQuery, error) {
 	q := listQuery{productFilter: f}
-	nameLength := utf8.RuneCountInString(f.Name)
-	if nameLength > maxNameLength { // no name has so many, and SQLite refuses a pattern of too many
+	tooLong := utf8.RuneCountInString(f.Name) > maxNameLength
+	if tooLong { // no name is, and SQLite refuses a pattern of so many
 		q.add("false")
 	}
 	if f.UserID != nil {
@@ -221,7 +222,7 @@ func (f productFilter) query() (listQuery, error) {
 	if !byPrice {
 		f.addPrices(&q.conditions)
 	}
-	if 0 < nameLength && nameLength <= maxNameLength {
+	if f.Name != "" && !tooLong {
 		q.add(`name_folded LIKE ? ESCAPE '\'`, "%"+likeEscaper.Replace(foldCase(f.Name))+"%")
 	}
 	return q, nil
