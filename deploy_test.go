@@ -48,6 +48,31 @@ func TestDashboardAndAlertsUseMetricsThatExist(t *testing.T) {
 	}
 }
 
+// What promtool is told to expect of the alerts (make deploy-check) is what they say.
+func TestAlertsSayWhatTheirTestsExpect(t *testing.T) {
+	t.Parallel()
+	annotation := regexp.MustCompile(`(?m)^ +(?:summary|description): ["']?(.*?)["']?$`)
+	template := regexp.MustCompile(`\{\{.*?\}\}`)
+	var said []string
+	for _, text := range annotation.FindAllStringSubmatch(string(readFile(t, "deploy/prometheus-alerts.yaml")), -1) {
+		fixed := template.Split(text[1], -1)
+		for n := range fixed {
+			fixed[n] = regexp.QuoteMeta(fixed[n])
+		}
+		said = append(said, strings.Join(fixed, ".*"))
+	}
+	alerts := regexp.MustCompile("^(?:" + strings.Join(said, "|") + ")$")
+	expected := annotation.FindAllStringSubmatch(string(readFile(t, "deploy/prometheus-alerts_test.yaml")), -1)
+	if len(expected) == 0 {
+		t.Error("nothing is expected")
+	}
+	for _, text := range expected {
+		if !alerts.MatchString(text[1]) {
+			t.Errorf("no alert says %q", text[1])
+		}
+	}
+}
+
 // series are the metrics at /metrics: by name, each with its label pairs.
 type series map[string][]string
 
