@@ -176,7 +176,7 @@ func (q listQuery) nearby() int { return 2 * max(q.Limit, 100) }
 // near is the query for which of the next products pass the filters.
 func (q listQuery) near() string {
 	return fmt.Sprintf(`SELECT %s FROM (SELECT * FROM products %s ORDER BY %s LIMIT %d) near`,
-		strings.Join(q.filters(), " AND "), where(q.all[:q.ranged]), q.order(""), q.nearby())
+		and(q.filters()), where(q.all[:q.ranged]), q.order(""), q.nearby())
 }
 
 // page is the query for the list's page. Values go in as parameters, but the limit,
@@ -286,14 +286,16 @@ func (c *conditions) add(condition string, values ...any) {
 	c.all = append(c.all, condition)
 }
 
-func (c conditions) String() string { return strings.Join(c.all, " AND ") }
+func (c conditions) String() string { return and(c.all) }
+
+func and(conditions []string) string { return strings.Join(conditions, " AND ") }
 
 // where is the WHERE clause of conditions, or nothing if there are none.
 func where(conditions []string) string {
 	if len(conditions) == 0 {
 		return ""
 	}
-	return "WHERE " + strings.Join(conditions, " AND ")
+	return "WHERE " + and(conditions)
 }
 
 // likeEscaper makes LIKE take a text literally.
